@@ -1,0 +1,308 @@
+//! The messages of the socket between daemon and runner, and their bytes.
+//!
+//! A frame is `u32` header length, `u32` body length (both little endian), a JSON header, raw body
+//! bytes. JSON because a trace can be read, replayed and kept as a golden file. The codec does no
+//! input or output: both ends read eight bytes, ask [`Lengths::parse`] how much follows, and hand
+//! what they read to [`decode`].
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{Delta, Done, Fault, Generate, Inspection, ModelFiles, ModelInfo, limits};
+
+/// The number of this protocol. Another number at the other end is a fault, not a guess.
+pub const PROTOCOL: u32 = 1;
+
+/// The build that both ends must share beyond [`PROTOCOL`]: a runner is the daemon's own
+/// executable.
+pub const BUILD: &str = env!("CARGO_PKG_VERSION");
+
+/// Which request of a runner a frame belongs to. The daemon numbers them.
+pub type RequestId = u64;
+
+/// How a model is put on a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadOptions {
+    /// `cpu`, or a device of the inventory.
+    pub device: String,
+    /// Tokens of context for one sequence; cut to what the model was trained for.
+    pub context: u32,
+    /// Sequences that may run at a time.
+    pub slots: u32,
+    /// Threads for kernels; 0 is one a physical core this process may use.
+    pub threads: u32,
+    /// An instruction set by name instead of the best one of this machine (tests, `--isa`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isa: Option<String>,
+}
+
+/// From the daemon to a runner.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToRunner {
+    /// Put this model on the device. Once a process.
+    Load {
+        /// The files.
+        files: ModelFiles,
+        /// How.
+        options: LoadOptions,
+    },
+    /// Read the header of these files and answer `Info`.
+    Inspect {
+        /// The files.
+        files: ModelFiles,
+    },
+    /// Answer this request with `Delta`s and one `Done` or `Failed`.
+    Generate {
+        /// The daemon's number for it.
+        id: RequestId,
+        /// The request.
+        request: Box<Generate>,
+    },
+    /// Stop work on a request; answered by `Done` with finish `cancelled` unless it has ended
+    /// already.
+    Cancel {
+        /// Which.
+        id: RequestId,
+    },
+    /// Take nothing new, finish what runs until the deadline, answer `Drained`, exit 0.
+    Drain {
+        /// Milliseconds from now.
+        deadline_ms: u64,
+    },
+}
+
+/// What a load is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Reading the header and the tokenizer.
+    Header,
+    /// Bringing the weights into memory.
+    Weights,
+}
+
+/// Figures of a running runner, every second. Also the heartbeat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Sequences in the batch.
+    pub running: u32,
+    /// Sequences that wait for a place.
+    pub waiting: u32,
+    /// KV blocks in use.
+    pub blocks_used: u32,
+    /// KV blocks there are.
+    pub blocks_total: u32,
+    /// Steps of the engine since the start. Work in flight and no change here is a hang.
+    pub steps: u64,
+}
+
+/// From a runner to the daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromRunner {
+    /// The first frame of a runner.
+    Hello {
+        /// [`PROTOCOL`].
+        protocol: u32,
+        /// [`BUILD`].
+        build: String,
+    },
+    /// A load goes on.
+    Progress {
+        /// What it is doing.
+        stage: Stage,
+        /// Bytes done.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The model answers requests from now on.
+    Ready {
+        /// Its figures.
+        info: ModelInfo,
+        /// Tokens of context a sequence gets.
+        context: u32,
+        /// Bytes this process needs for weights, KV and scratch.
+        memory_bytes: u64,
+    },
+    /// The answer to `Inspect`.
+    Info {
+        /// What the header says.
+        inspection: Box<Inspection>,
+    },
+    /// More of an answer.
+    Delta {
+        /// Of which request.
+        id: RequestId,
+        /// What.
+        delta: Delta,
+    },
+    /// The end of an answer.
+    Done {
+        /// Of which request.
+        id: RequestId,
+        /// How.
+        done: Done,
+    },
+    /// The end of an answer for a reason that is not the model's.
+    Failed {
+        /// Of which request.
+        id: RequestId,
+        /// Why.
+        fault: Fault,
+    },
+    /// All work ended after `Drain`; the process exits.
+    Drained,
+    /// The heartbeat.
+    Stats(Stats),
+    /// `Load` or `Inspect` failed, or the engine broke; the process exits.
+    Fatal {
+        /// Why.
+        fault: Fault,
+    },
+}
+
+/// Why bytes are not a frame.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// A length beyond [`limits`].
+    #[error("a frame claims a header of {header} and a body of {body} bytes, beyond the limits")]
+    TooLong {
+        /// Bytes the header claims.
+        header: usize,
+        /// Bytes the body claims.
+        body: usize,
+    },
+    /// The header is not the JSON of a message.
+    #[error("a frame's header is not a message: {0}")]
+    Header(#[from] serde_json::Error),
+}
+
+/// Bytes of the fixed start of a frame.
+pub const LENGTHS_BYTES: usize = 8;
+
+/// How many bytes follow the fixed start of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lengths {
+    /// Bytes of JSON.
+    pub header: usize,
+    /// Raw bytes after it.
+    pub body: usize,
+}
+
+impl Lengths {
+    /// Reads the fixed start.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLong`] beyond [`limits::FRAME_HEADER_BYTES`] or
+    /// [`limits::FRAME_BODY_BYTES`].
+    pub fn parse(start: [u8; LENGTHS_BYTES]) -> Result<Self, FrameError> {
+        let [a, b, c, d, e, f, g, h] = start;
+        let header = u32::from_le_bytes([a, b, c, d]) as usize;
+        let body = u32::from_le_bytes([e, f, g, h]) as usize;
+        if header > limits::FRAME_HEADER_BYTES || body > limits::FRAME_BODY_BYTES {
+            return Err(FrameError::TooLong { header, body });
+        }
+        Ok(Self { header, body })
+    }
+}
+
+/// The bytes of a message and its body.
+///
+/// # Errors
+/// [`FrameError::TooLong`] when either is beyond its limit.
+///
+/// # Panics
+/// Never: the limits are below 4 GiB.
+pub fn encode<T: Serialize>(message: &T, body: &[u8]) -> Result<Vec<u8>, FrameError> {
+    let mut bytes = vec![0; LENGTHS_BYTES];
+    serde_json::to_writer(&mut bytes, message)?;
+    let header = bytes.len() - LENGTHS_BYTES;
+    if header > limits::FRAME_HEADER_BYTES || body.len() > limits::FRAME_BODY_BYTES {
+        return Err(FrameError::TooLong { header, body: body.len() });
+    }
+    let as_u32 = |n: usize| u32::try_from(n).expect("the limits are below 4 GiB").to_le_bytes();
+    bytes[..4].copy_from_slice(&as_u32(header));
+    bytes[4..LENGTHS_BYTES].copy_from_slice(&as_u32(body.len()));
+    bytes.extend_from_slice(body);
+    Ok(bytes)
+}
+
+/// The message of a header's bytes.
+///
+/// # Errors
+/// [`FrameError::Header`] when they are not JSON of that message.
+pub fn decode<T: DeserializeOwned>(header: &[u8]) -> Result<T, FrameError> {
+    Ok(serde_json::from_slice(header)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Code, Finish, Input, SamplingParams, Usage};
+
+    fn round_trip<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(message: &T) {
+        let bytes = encode(message, b"body").expect("encodes");
+        let start = bytes[..LENGTHS_BYTES].try_into().expect("eight bytes");
+        let lengths = Lengths::parse(start).expect("within the limits");
+        let (header, body) = bytes[LENGTHS_BYTES..].split_at(lengths.header);
+        assert_eq!((body, body.len()), (&b"body"[..], lengths.body));
+        assert_eq!(&decode::<T>(header).expect("decodes"), message);
+    }
+
+    #[test]
+    fn messages_survive_the_wire() {
+        round_trip(&ToRunner::Generate {
+            id: 7,
+            request: Box::new(Generate {
+                input: Input::Raw { text: "a\u{0}\"ß\n".into() },
+                sampling: SamplingParams { seed: Some(u64::MAX), ..SamplingParams::greedy() },
+                max_tokens: Some(3),
+                stop: vec!["x".into()],
+                context: None,
+                truncate: true,
+            }),
+        });
+        round_trip(&ToRunner::Drain { deadline_ms: 5 });
+        round_trip(&FromRunner::Hello { protocol: PROTOCOL, build: BUILD.into() });
+        round_trip(&FromRunner::Done {
+            id: 1,
+            done: Done {
+                finish: Finish::Length,
+                usage: Usage { prompt_tokens: 9, ..Usage::default() },
+            },
+        });
+        round_trip(&FromRunner::Failed {
+            id: 1,
+            fault: Fault::new(Code::ContextOverflow, "too long"),
+        });
+        round_trip(&FromRunner::Stats(Stats { steps: 4, ..Stats::default() }));
+    }
+
+    #[test]
+    fn hostile_lengths_are_refused_before_memory_is_taken() {
+        let huge = [0xff; LENGTHS_BYTES];
+        assert!(matches!(Lengths::parse(huge), Err(FrameError::TooLong { .. })));
+        let edge = u32::try_from(limits::FRAME_HEADER_BYTES).expect("fits");
+        let mut start = [0; LENGTHS_BYTES];
+        start[..4].copy_from_slice(&edge.to_le_bytes());
+        assert!(Lengths::parse(start).is_ok());
+        start[..4].copy_from_slice(&(edge + 1).to_le_bytes());
+        assert!(Lengths::parse(start).is_err());
+    }
+
+    #[test]
+    fn any_bytes_decode_or_fail_cleanly() {
+        for bytes in [
+            &b""[..],
+            b"{",
+            b"null",
+            b"[1]",
+            b"{\"type\":\"nope\"}",
+            b"{\"type\":\"cancel\"}",
+            &[0xff, 0xfe],
+        ] {
+            assert!(decode::<ToRunner>(bytes).is_err());
+        }
+    }
+}
