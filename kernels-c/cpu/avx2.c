@@ -1,0 +1,709 @@
+/* AVX2 with FMA and F16C.
+ *
+ * Products of blocks are held to the rounding that v4.h lays down, so their bits are those of
+ * portable.c. Blocks are unpacked by decode_i8, which the compiler vectorises; the products of
+ * bytes are |w| times a with w's sign, since vpmaddubsw wants one side unsigned: 2 x 128 x 127 fits
+ * its 16 bits. */
+#include <immintrin.h>
+#include <math.h>
+
+#include "../include/v4.h"
+#include "../quant/blocks.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+/* For loops over registers. */
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum { LANES = 8, QUAD = 4, OCTET = 8 };
+
+/* Groups of 16, and minima, by quant/all.h. All of it is constant where it is used. */
+struct format {
+    void (*decode)(const void *block, int8_t *q, float *scale, float *min);
+    int len, bytes, pairs, mins;
+};
+
+/* ---- products straight from blocks ----------------------------------------------------------- */
+
+/* A block of each of four rows. */
+struct quad {
+    _Alignas(32) int8_t q[QUAD][V4_MAX_BLOCK_LEN];
+    float scale[QUAD][V4_MAX_BLOCK_LEN / V4_SUM_GROUP], min[QUAD][V4_MAX_BLOCK_LEN / V4_SUM_GROUP];
+};
+
+ALWAYS_INLINE __m256i load_bytes(const int8_t *p)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
+
+/* Pairs of pairs of products: eight sums of four. */
+ALWAYS_INLINE __m256i dot4(__m256i size, __m256i w, __m256i a)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(a, w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+/* One number of each of four rows. */
+ALWAYS_INLINE __m128 of_rows(float v[QUAD][V4_MAX_BLOCK_LEN / V4_SUM_GROUP], int i)
+{
+    return _mm_setr_ps(v[0][i], v[1][i], v[2][i], v[3][i]);
+}
+
+/* One scale group's part of four rows' products, before the activations' scale. */
+ALWAYS_INLINE __m128 add_scaled(int first, __m128 before, __m128i dot, struct quad *b, int i,
+                                int32_t sum, int mins)
+{
+    const __m128 part = _mm_mul_ps(_mm_cvtepi32_ps(dot), of_rows(b->scale, i));
+    __m128 product = first ? part : _mm_add_ps(before, part);
+    if (mins) {
+        const __m128 less = _mm_mul_ps(of_rows(b->min, i), _mm_set1_ps((float)sum));
+        product = _mm_sub_ps(product, less);
+    }
+    return product;
+}
+
+/* Group `k` of the blocks, group g of the rows, with n tokens. */
+ALWAYS_INLINE void gemv_group(struct quad *b, int k, const struct v4_act *x, size_t first, int n,
+                              size_t g, struct format f, __m128 *acc)
+{
+    __m256i w[QUAD], size[QUAD];
+    UNROLL
+    for (int r = 0; r < QUAD; r++) {
+        w[r] = load_bytes(b->q[r] + V4_ACT_GROUP * k);
+        size[r] = _mm256_abs_epi8(w[r]);
+    }
+    UNROLL
+    for (int t = 0; t < n; t++) {
+        const size_t at = (first + (size_t)t) * (x->cols / V4_ACT_GROUP) + g;
+        const __m256i a = load_bytes(x->q + at * V4_ACT_GROUP);
+        const __m256i s01 = _mm256_hadd_epi32(dot4(size[0], w[0], a), dot4(size[1], w[1], a));
+        const __m256i s23 = _mm256_hadd_epi32(dot4(size[2], w[2], a), dot4(size[3], w[3], a));
+        const __m256i halves = _mm256_hadd_epi32(s01, s23);
+        const __m128i lo = _mm256_castsi256_si128(halves);
+        const __m128i hi = _mm256_extracti128_si256(halves, 1);
+        const int32_t sum_lo = x->sum[2 * at], sum_hi = x->sum[2 * at + 1];
+        __m128 product = _mm_setzero_ps();
+        if (f.pairs) {
+            product = add_scaled(1, product, lo, b, 2 * k, sum_lo, f.mins);
+            product = add_scaled(0, product, hi, b, 2 * k + 1, sum_hi, f.mins);
+        } else {
+            product = add_scaled(1, product, _mm_add_epi32(lo, hi), b, k, sum_lo + sum_hi, f.mins);
+        }
+        acc[t] = _mm_add_ps(acc[t], _mm_mul_ps(product, _mm_set1_ps(x->d[at])));
+    }
+}
+
+/* Four rows with n tokens. */
+ALWAYS_INLINE void gemv_tile(const uint8_t *const rows[QUAD], size_t left, const struct v4_act *x,
+                             size_t first, int n, struct format f, float *out, size_t out_stride)
+{
+    struct quad b;
+    __m128 acc[QUAD];
+    UNROLL
+    for (int t = 0; t < n; t++) {
+        acc[t] = _mm_setzero_ps();
+    }
+    const int groups = f.len / V4_ACT_GROUP;
+    for (size_t block = 0; block < x->cols / (size_t)f.len; block++) {
+        for (int r = 0; r < QUAD; r++) {
+            f.decode(rows[r] + block * (size_t)f.bytes, b.q[r], b.scale[r], b.min[r]);
+        }
+        for (int k = 0; k < groups; k++) {
+            gemv_group(&b, k, x, first, n, block * (size_t)groups + (size_t)k, f, acc);
+        }
+    }
+    for (int t = 0; t < n; t++) {
+        float four[QUAD];
+        _mm_storeu_ps(four, acc[t]);
+        memcpy(out + (first + (size_t)t) * out_stride, four, (left < QUAD ? left : QUAD) * 4);
+    }
+}
+
+ALWAYS_INLINE void gemv_blocks(const void *w, size_t row_bytes, size_t n_rows,
+                               const struct v4_act *x, float *out, size_t out_stride,
+                               struct format f)
+{
+    for (size_t r = 0; r < n_rows; r += QUAD) {
+        const size_t left = n_rows - r;
+        const uint8_t *rows[QUAD];
+        for (size_t i = 0; i < QUAD; i++) {
+            /* Rows beyond the last are read as the last and not written. */
+            rows[i] = (const uint8_t *)w + (r + (i < left ? i : left - 1)) * row_bytes;
+        }
+        size_t t = 0;
+        for (; t + QUAD <= x->n_tokens; t += QUAD) {
+            gemv_tile(rows, left, x, t, QUAD, f, out + r, out_stride);
+        }
+        for (; t < x->n_tokens; t++) {
+            gemv_tile(rows, left, x, t, 1, f, out + r, out_stride);
+        }
+    }
+}
+
+/* ---- panels ---------------------------------------------------------------------------------- */
+
+/* A panel is 32 rows, a group of 32 weights after another: for each eight rows eight times (for
+ * four weights each) the rows' four bytes, then scales, then minima, each [pair][32 rows]. */
+enum { PANEL_OCTETS = V4_PANEL_ROWS / OCTET, OCTET_BYTES = OCTET * V4_ACT_GROUP };
+
+ALWAYS_INLINE size_t panel_group_bytes(int pairs, int mins)
+{
+    return V4_PANEL_ROWS * (V4_ACT_GROUP + sizeof(float) * (size_t)((1 + pairs) * (1 + mins)));
+}
+
+ALWAYS_INLINE void panel_blocks(const void *w, size_t row_bytes, size_t n_rows, size_t cols,
+                                void *panel, struct format f)
+{
+    int8_t q[V4_MAX_BLOCK_LEN];
+    float scale[V4_MAX_BLOCK_LEN / V4_SUM_GROUP], min[V4_MAX_BLOCK_LEN / V4_SUM_GROUP];
+    const size_t bytes = panel_group_bytes(f.pairs, f.mins);
+    for (size_t r = 0; r < V4_PANEL_ROWS; r++) {
+        /* Rows beyond the last repeat it; gemm_i8 does not write what they give. */
+        const uint8_t *row = (const uint8_t *)w + (r < n_rows ? r : n_rows - 1) * row_bytes;
+        uint8_t *to = panel;
+        for (size_t i = 0; i < cols; i += (size_t)f.len, row += f.bytes) {
+            f.decode(row, q, scale, min);
+            for (int k = 0; k < f.len / V4_ACT_GROUP; k++, to += bytes) {
+                uint8_t *codes = to + r / OCTET * OCTET_BYTES + r % OCTET * 4;
+                for (int j = 0; j < V4_ACT_GROUP / 4; j++) {
+                    memcpy(codes + 4 * OCTET * j, q + V4_ACT_GROUP * k + 4 * j, 4);
+                }
+                float *scales = (float *)(void *)(to + V4_PANEL_ROWS * V4_ACT_GROUP) + r;
+                float *mins = scales + (1 + f.pairs) * V4_PANEL_ROWS;
+                for (int p = 0; p <= f.pairs; p++) {
+                    scales[p * V4_PANEL_ROWS] = scale[(1 + f.pairs) * k + p];
+                    if (f.mins) {
+                        mins[p * V4_PANEL_ROWS] = min[(1 + f.pairs) * k + p];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* Eight rows of a group with n tokens. `group` begins the group, `octet` says which rows. */
+ALWAYS_INLINE void octet_group(const uint8_t *group, size_t octet, const struct v4_act *x,
+                               size_t first, int n, size_t g, int pairs, int mins, __m256 *acc)
+{
+    const int8_t *codes = (const int8_t *)group + octet * OCTET_BYTES;
+    const float *scale = (const float *)(const void *)(group + V4_PANEL_ROWS * V4_ACT_GROUP) +
+                         octet * OCTET;
+    const float *min = scale + (1 + pairs) * V4_PANEL_ROWS;
+    const size_t n_groups = x->cols / V4_ACT_GROUP;
+    const int step = 8 / (1 + pairs);
+    __m256 product[QUAD];
+    UNROLL
+    for (int p = 0; p <= pairs; p++) {
+        __m256i dot[QUAD];
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            dot[t] = _mm256_setzero_si256();
+        }
+        for (int j = p * step; j < (p + 1) * step; j++) {
+            const __m256i w = load_bytes(codes + 4 * OCTET * j), size = _mm256_abs_epi8(w);
+            UNROLL
+            for (int t = 0; t < n; t++) {
+                int32_t four;
+                memcpy(&four, x->q + ((first + (size_t)t) * n_groups + g) * V4_ACT_GROUP + 4 * j,
+                       4);
+                dot[t] = _mm256_add_epi32(dot[t], dot4(size, w, _mm256_set1_epi32(four)));
+            }
+        }
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            const int16_t *sum = x->sum + 2 * ((first + (size_t)t) * n_groups + g);
+            const int32_t total = pairs ? sum[p] : sum[0] + sum[1];
+            const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(dot[t]),
+                                              _mm256_loadu_ps(scale + p * V4_PANEL_ROWS));
+            product[t] = p == 0 ? part : _mm256_add_ps(product[t], part);
+            if (mins) {
+                const __m256 less = _mm256_mul_ps(_mm256_loadu_ps(min + p * V4_PANEL_ROWS),
+                                                  _mm256_set1_ps((float)total));
+                product[t] = _mm256_sub_ps(product[t], less);
+            }
+        }
+    }
+    UNROLL
+    for (int t = 0; t < n; t++) {
+        const __m256 d = _mm256_set1_ps(x->d[(first + (size_t)t) * n_groups + g]);
+        acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(product[t], d));
+    }
+}
+
+/* Eight rows with n tokens. */
+ALWAYS_INLINE void octet_tile(const uint8_t *panel, size_t octet, size_t rows,
+                              const struct v4_act *x, size_t first, int n, int pairs, int mins,
+                              float *out, size_t out_stride)
+{
+    const size_t bytes = panel_group_bytes(pairs, mins);
+    __m256 acc[QUAD];
+    UNROLL
+    for (int t = 0; t < n; t++) {
+        acc[t] = _mm256_setzero_ps();
+    }
+    for (size_t g = 0; g < x->cols / V4_ACT_GROUP; g++) {
+        octet_group(panel + g * bytes, octet, x, first, n, g, pairs, mins, acc);
+    }
+    const size_t left = rows - octet * OCTET;
+    for (int t = 0; t < n; t++) {
+        float eight[OCTET];
+        _mm256_storeu_ps(eight, acc[t]);
+        memcpy(out + (first + (size_t)t) * out_stride + octet * OCTET, eight,
+               (left < OCTET ? left : OCTET) * sizeof *eight);
+    }
+}
+
+#define GEMM(name, pairs, mins)                                                                   \
+    static void gemm_##name(const void *panel, size_t rows, const struct v4_act *x, float *out,   \
+                            size_t out_stride)                                                    \
+    {                                                                                             \
+        for (size_t octet = 0; octet * OCTET < rows; octet++) {                                   \
+            size_t t = 0;                                                                         \
+            for (; t + QUAD <= x->n_tokens; t += QUAD) {                                          \
+                octet_tile(panel, octet, rows, x, t, QUAD, pairs, mins, out, out_stride);         \
+            }                                                                                     \
+            for (; t < x->n_tokens; t++) {                                                        \
+                octet_tile(panel, octet, rows, x, t, 1, pairs, mins, out, out_stride);            \
+            }                                                                                     \
+        }                                                                                         \
+    }
+GEMM(plain, 0, 0)
+GEMM(mins, 0, 1)
+GEMM(pairs, 1, 0)
+GEMM(pairs_mins, 1, 1)
+
+static size_t panel_bytes(uint32_t quant, size_t cols)
+{
+    const struct v4_quant_info *info = v4_quant_describe(quant);
+    return cols / V4_ACT_GROUP * panel_group_bytes(info->group == 16, (int)info->has_min);
+}
+
+static void gemm_i8(uint32_t quant, const void *panel, size_t rows, const struct v4_act *x,
+                    float *out, size_t out_stride)
+{
+    const struct v4_quant_info *info = v4_quant_describe(quant);
+    if (info->group == 16) {
+        (info->has_min ? gemm_pairs_mins : gemm_pairs)(panel, rows, x, out, out_stride);
+    } else {
+        (info->has_min ? gemm_mins : gemm_plain)(panel, rows, x, out, out_stride);
+    }
+}
+
+/* Long decodes are called, and so compiled once. */
+#define V4_QUANT(NAME, name, number, len, bytes, group, has_min)                                  \
+    static __attribute__((noinline)) void decode_##name(const void *block, int8_t *q,             \
+                                                        float *scale, float *min)                 \
+    {                                                                                             \
+        v4_##name##_decode_i8(block, q, scale, min);                                              \
+    }                                                                                             \
+    static const struct format format_##name = {decode_##name, len, bytes, (group) == 16,         \
+                                                has_min};                                         \
+    static void gemv_##name(const void *w, size_t row_bytes, size_t rows, const struct v4_act *x, \
+                            float *out, size_t out_stride)                                        \
+    {                                                                                             \
+        gemv_blocks(w, row_bytes, rows, x, out, out_stride, format_##name);                       \
+    }                                                                                             \
+    static void panel_##name(const void *w, size_t row_bytes, size_t rows, size_t cols,           \
+                             void *panel)                                                         \
+    {                                                                                             \
+        panel_blocks(w, row_bytes, rows, cols, panel, format_##name);                             \
+    }
+V4_BLOCKS(V4_QUANT)
+#undef V4_QUANT
+
+/* ---- float weights --------------------------------------------------------------------------- */
+
+/* Eight values from i, of which `n` exist; the rest are zero. */
+ALWAYS_INLINE __m256 load_f32(const void *w, size_t i, size_t n)
+{
+    if (n >= LANES) {
+        return _mm256_loadu_ps((const float *)w + i);
+    }
+    float part[LANES] = {0};
+    memcpy(part, (const float *)w + i, n * sizeof *part);
+    return _mm256_loadu_ps(part);
+}
+
+ALWAYS_INLINE __m128i load_16(const void *w, size_t i, size_t n)
+{
+    if (n >= LANES) {
+        return _mm_loadu_si128((const __m128i *)(const void *)((const uint16_t *)w + i));
+    }
+    uint16_t part[LANES] = {0};
+    memcpy(part, (const uint16_t *)w + i, n * sizeof *part);
+    return _mm_loadu_si128((const __m128i *)(const void *)part);
+}
+
+ALWAYS_INLINE __m256 load_f16(const void *w, size_t i, size_t n)
+{
+    return _mm256_cvtph_ps(load_16(w, i, n));
+}
+
+ALWAYS_INLINE __m256 load_bf16(const void *w, size_t i, size_t n)
+{
+    const __m256i bits = _mm256_cvtepu16_epi32(load_16(w, i, n));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+
+/* The first n of eight values. */
+ALWAYS_INLINE void store_f32(float *out, __m256 v, size_t n)
+{
+    if (n >= LANES) {
+        _mm256_storeu_ps(out, v);
+        return;
+    }
+    float part[LANES];
+    _mm256_storeu_ps(part, v);
+    memcpy(out, part, n * sizeof *part);
+}
+
+ALWAYS_INLINE float sum_lanes(__m256 v)
+{
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+typedef __m256 load_floats_fn(const void *w, size_t i, size_t n);
+
+enum { FLOAT_TOKENS = 2 };
+
+/* Four rows with n tokens: eight sums a pair, each over every eighth column, added up last. So
+ * whatever the tile, a pair's sum is the same. */
+ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
+                              const struct v4_act *x, size_t first, int n, float *out,
+                              size_t out_stride)
+{
+    const char *rows[QUAD];
+    __m256 acc[QUAD][FLOAT_TOKENS];
+    UNROLL
+    for (size_t r = 0; r < QUAD; r++) {
+        rows[r] = w + (r < n_rows ? r : n_rows - 1) * row_bytes;
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            acc[r][t] = _mm256_setzero_ps();
+        }
+    }
+    for (size_t i = 0; i < x->cols; i += LANES) {
+        const size_t left = x->cols - i;
+        __m256 a[FLOAT_TOKENS];
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            a[t] = load_f32(x->x + (first + (size_t)t) * x->cols, i, left);
+        }
+        UNROLL
+        for (int r = 0; r < QUAD; r++) {
+            const __m256 weights = load(rows[r], i, left);
+            UNROLL
+            for (int t = 0; t < n; t++) {
+                acc[r][t] = _mm256_fmadd_ps(weights, a[t], acc[r][t]);
+            }
+        }
+    }
+    for (size_t r = 0; r < QUAD && r < n_rows; r++) {
+        for (int t = 0; t < n; t++) {
+            out[(first + (size_t)t) * out_stride + r] = sum_lanes(acc[r][t]);
+        }
+    }
+}
+
+ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row_bytes, size_t rows,
+                                 const struct v4_act *x, float *out, size_t out_stride)
+{
+    for (size_t r = 0; r < rows; r += QUAD) {
+        const char *from = (const char *)w + r * row_bytes;
+        size_t t = 0;
+        for (; t + FLOAT_TOKENS <= x->n_tokens; t += FLOAT_TOKENS) {
+            float_tile(load, from, row_bytes, rows - r, x, t, FLOAT_TOKENS, out + r, out_stride);
+        }
+        if (t < x->n_tokens) {
+            float_tile(load, from, row_bytes, rows - r, x, t, 1, out + r, out_stride);
+        }
+    }
+}
+
+#define FLOAT_SLOTS(name)                                                                         \
+    static void gemv_##name(const void *w, size_t row_bytes, size_t rows, const struct v4_act *x, \
+                            float *out, size_t out_stride)                                        \
+    {                                                                                             \
+        float_product(load_##name, w, row_bytes, rows, x, out, out_stride);                       \
+    }                                                                                             \
+    static void dequant_row_##name(const void *w, size_t cols, float *out)                        \
+    {                                                                                             \
+        for (size_t i = 0; i < cols; i += LANES) {                                                \
+            store_f32(out + i, load_##name(w, i, cols - i), cols - i);                            \
+        }                                                                                         \
+    }
+FLOAT_SLOTS(f32)
+FLOAT_SLOTS(f16)
+FLOAT_SLOTS(bf16)
+
+static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float *out,
+                     size_t out_stride)
+{
+    float_product(load_f32, w, x->cols * sizeof *w, rows, x, out, out_stride);
+}
+
+/* ---- activations ----------------------------------------------------------------------------- */
+
+static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *sum)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (size_t g = 0; g < cols / V4_ACT_GROUP; g++) {
+        __m256 v[4], largest = _mm256_setzero_ps();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(x + g * V4_ACT_GROUP + (size_t)i * LANES);
+            largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v[i]));
+        }
+        __m128 four =
+            _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        const float max = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+        d[g] = max / 127;
+        const __m256 inverse = _mm256_set1_ps(max > 0 ? 127 / max : 0);
+        __m256i i32[4];
+        for (int i = 0; i < 4; i++) {
+            i32[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+        }
+        /* Packing works on 128-bit halves: the permutation puts the dwords back in order. */
+        const __m256i low = _mm256_packs_epi32(i32[0], i32[1]);
+        const __m256i high = _mm256_packs_epi32(i32[2], i32[3]);
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+        _mm256_storeu_si256((__m256i *)(void *)(q + g * V4_ACT_GROUP), bytes);
+        const __m256i ones = _mm256_set1_epi16(1);
+        const __m256i sums = _mm256_hadd_epi32(_mm256_madd_epi16(low, ones),
+                                               _mm256_madd_epi16(high, ones));
+        const __m256i totals = _mm256_hadd_epi32(sums, sums);
+        const __m128i both = _mm_add_epi32(_mm256_castsi256_si128(totals),
+                                           _mm256_extracti128_si256(totals, 1));
+        sum[2 * g] = (int16_t)_mm_cvtsi128_si32(both);
+        sum[2 * g + 1] = (int16_t)_mm_extract_epi32(both, 1);
+    }
+}
+
+static void rms_norm(const float *x, const float *weight, size_t n, float eps, float *out)
+{
+    __m256 squares = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += LANES) {
+        const __m256 v = load_f32(x, i, n - i);
+        squares = _mm256_fmadd_ps(v, v, squares);
+    }
+    const float mean = sum_lanes(squares) / (float)n;
+    const __m256 factor = _mm256_set1_ps(1 / sqrtf(mean + eps));
+    for (size_t i = 0; i < n; i += LANES) {
+        const __m256 v = _mm256_mul_ps(load_f32(x, i, n - i), factor);
+        store_f32(out + i, _mm256_mul_ps(v, load_f32(weight, i, n - i)), n - i);
+    }
+}
+
+/* e^x to a few units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], the series
+ * of Taylor. 2^n is two factors, so that subnormal results are right. */
+ALWAYS_INLINE __m256 exponential(__m256 x)
+{
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-106)), _mm256_set1_ps(89));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.0f / 720);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
+    const __m256i whole = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
+    const __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    return _mm256_mul_ps(p,
+                         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+}
+
+static void gated(enum v4_activation kind, float *gate, const float *up, size_t n)
+{
+    const __m256 one = _mm256_set1_ps(1);
+    for (size_t i = 0; i < n; i += LANES) {
+        const __m256 x = load_f32(gate, i, n - i);
+        __m256 y = x;
+        if (kind == V4_GELU_TANH) {
+            /* 0.5 (1 + tanh y) is 1 / (1 + e^-2y). */
+            const __m256 x2 = _mm256_mul_ps(x, x);
+            y = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(0.044715f), x2), x, x);
+            y = _mm256_mul_ps(y, _mm256_set1_ps(1.5957691216f));
+        }
+        const __m256 e = exponential(_mm256_sub_ps(_mm256_setzero_ps(), y));
+        const __m256 z = _mm256_div_ps(x, _mm256_add_ps(one, e));
+        store_f32(gate + i, _mm256_mul_ps(z, load_f32(up, i, n - i)), n - i);
+    }
+}
+
+static void soft_cap(float *x, size_t n, float cap)
+{
+    const __m256 one = _mm256_set1_ps(1), caps = _mm256_set1_ps(cap);
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (size_t i = 0; i < n; i += LANES) {
+        const __m256 v = load_f32(x, i, n - i);
+        /* tanh y = (1 - e) / (1 + e) with e = e^-2|y|, and y's sign. */
+        const __m256 y = _mm256_div_ps(_mm256_andnot_ps(sign, v), caps);
+        const __m256 e = exponential(_mm256_mul_ps(y, _mm256_set1_ps(-2)));
+        const __m256 t = _mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e));
+        const __m256 z = _mm256_or_ps(_mm256_mul_ps(t, caps), _mm256_and_ps(sign, v));
+        store_f32(x + i, z, n - i);
+    }
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t i = 0; i < n; i += LANES) {
+        store_f32(x + i, _mm256_add_ps(load_f32(x, i, n - i), load_f32(y, i, n - i)), n - i);
+    }
+}
+
+static void join(float *x, float a, const float *y, float b, size_t n)
+{
+    for (size_t i = 0; i < n; i += LANES) {
+        const __m256 v = _mm256_mul_ps(load_f32(x, i, n - i), _mm256_set1_ps(a));
+        const __m256 w = _mm256_mul_ps(load_f32(y, i, n - i), _mm256_set1_ps(b));
+        store_f32(x + i, _mm256_add_ps(v, w), n - i);
+    }
+}
+
+static void f16_from_f32(const float *x, size_t n, uint16_t *out)
+{
+    for (size_t i = 0; i < n; i += LANES) {
+        const __m256 v = load_f32(x, i, n - i);
+        uint16_t part[LANES];
+        _mm_storeu_si128((__m128i *)(void *)part, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+        memcpy(out + i, part, (n - i < LANES ? n - i : LANES) * sizeof *part);
+    }
+}
+
+static void f32_from_f16(const uint16_t *x, size_t n, float *out)
+{
+    dequant_row_f16(x, n, out);
+}
+
+/* ---- attention ------------------------------------------------------------------------------- */
+
+static void attn_scores(const float *q, size_t n_q, size_t q_stride, const uint16_t *k, size_t n_kv,
+                        size_t head_dim, float scale, float *scores, size_t score_stride)
+{
+    for (size_t i = 0; i < n_q; i += QUAD) {
+        const size_t n = n_q - i < QUAD ? n_q - i : QUAD;
+        const float *rows[QUAD];
+        for (size_t r = 0; r < QUAD; r++) {
+            rows[r] = q + (i + (r < n ? r : n - 1)) * q_stride;
+        }
+        for (size_t j = 0; j < n_kv; j++) {
+            __m256 acc[QUAD] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
+                                _mm256_setzero_ps()};
+            for (size_t c = 0; c < head_dim; c += LANES) {
+                const __m256 key = load_f16(k + j * head_dim, c, head_dim - c);
+                UNROLL
+                for (int r = 0; r < QUAD; r++) {
+                    acc[r] = _mm256_fmadd_ps(load_f32(rows[r], c, head_dim - c), key, acc[r]);
+                }
+            }
+            for (size_t r = 0; r < n; r++) {
+                scores[(i + r) * score_stride + j] = scale * sum_lanes(acc[r]);
+            }
+        }
+    }
+}
+
+static void softmax_tile(float *x, size_t n, float *max, float *sum)
+{
+    *max = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        *max = x[i] > *max ? x[i] : *max;
+    }
+    const __m256 shift = _mm256_set1_ps(*max == -INFINITY ? 0 : *max);
+    __m256 total = _mm256_setzero_ps();
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const __m256 e = exponential(_mm256_sub_ps(_mm256_loadu_ps(x + i), shift));
+        total = _mm256_add_ps(total, e);
+        _mm256_storeu_ps(x + i, e);
+    }
+    if (i < n) {
+        float part[LANES];
+        for (size_t k = 0; k < LANES; k++) {
+            part[k] = i + k < n ? x[i + k] : -INFINITY;
+        }
+        const __m256 e = exponential(_mm256_sub_ps(_mm256_loadu_ps(part), shift));
+        total = _mm256_add_ps(total, e);
+        store_f32(x + i, e, n - i);
+    }
+    *sum = sum_lanes(total);
+}
+
+/* Sixteen columns of the values for n queries, or what there is of them. */
+ALWAYS_INLINE void value_tile(const float *p, int n, size_t p_stride, const uint16_t *v,
+                              size_t n_kv, size_t head_dim, size_t width, float *out,
+                              size_t out_stride)
+{
+    __m256 acc[QUAD][2];
+    const size_t second = width > LANES ? width - LANES : 0;
+    UNROLL
+    for (int i = 0; i < n; i++) {
+        acc[i][0] = load_f32(out + (size_t)i * out_stride, 0, width);
+        acc[i][1] = load_f32(out + (size_t)i * out_stride, LANES, second);
+    }
+    for (size_t j = 0; j < n_kv; j++) {
+        const __m256 v0 = load_f16(v + j * head_dim, 0, width);
+        const __m256 v1 = load_f16(v + j * head_dim, LANES, second);
+        UNROLL
+        for (int i = 0; i < n; i++) {
+            const __m256 factor = _mm256_set1_ps(p[(size_t)i * p_stride + j]);
+            acc[i][0] = _mm256_fmadd_ps(factor, v0, acc[i][0]);
+            acc[i][1] = _mm256_fmadd_ps(factor, v1, acc[i][1]);
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        store_f32(out + (size_t)i * out_stride, acc[i][0], width);
+        store_f32(out + (size_t)i * out_stride + LANES, acc[i][1], second);
+    }
+}
+
+static void attn_values(const float *p, size_t n_q, size_t p_stride, const uint16_t *v, size_t n_kv,
+                        size_t head_dim, float *out, size_t out_stride)
+{
+    for (size_t c = 0; c < head_dim; c += 2 * LANES) {
+        size_t i = 0;
+        for (; i + QUAD <= n_q; i += QUAD) {
+            value_tile(p + i * p_stride, QUAD, p_stride, v + c, n_kv, head_dim, head_dim - c,
+                       out + i * out_stride + c, out_stride);
+        }
+        for (; i < n_q; i++) {
+            value_tile(p + i * p_stride, 1, p_stride, v + c, n_kv, head_dim, head_dim - c,
+                       out + i * out_stride + c, out_stride);
+        }
+    }
+}
+
+const struct v4_isa v4_isa_avx2 = {
+    .name = "avx2",
+#define V4_QUANT(NAME, name, number, ...) [number] = gemv_##name,
+    .gemv = {V4_QUANTS(V4_QUANT)},
+#undef V4_QUANT
+#define V4_QUANT(NAME, name, number, ...) [number] = panel_##name,
+    .panel = {V4_BLOCKS(V4_QUANT)},
+#undef V4_QUANT
+    .dequant_row = {[V4_F32] = dequant_row_f32,
+                    [V4_F16] = dequant_row_f16,
+                    [V4_BF16] = dequant_row_bf16},
+    .panel_bytes = panel_bytes,
+    .gemm_i8 = gemm_i8,
+    .gemm_f32 = gemm_f32,
+    .quantize = quantize,
+    .rms_norm = rms_norm,
+    .attn_scores = attn_scores,
+    .softmax_tile = softmax_tile,
+    .join = join,
+    .attn_values = attn_values,
+    .gated = gated,
+    .soft_cap = soft_cap,
+    .add = add,
+    .f16_from_f32 = f16_from_f32,
+    .f32_from_f16 = f32_from_f16,
+};

@@ -1,0 +1,26 @@
+/* Q5_0: 32 weights, d (q - 16). Low bits as in Q4_0; bit i of qh is the fifth bit of weight i. */
+#ifndef V4_QUANT_Q5_0_H
+#define V4_QUANT_Q5_0_H
+
+#include "scalar.h"
+
+struct v4_block_q5_0 {
+    uint8_t d[2];
+    uint8_t qh[4];
+    uint8_t qs[16];
+};
+
+V4_INLINE void v4_q5_0_decode_i8(const struct v4_block_q5_0 *b, int8_t *q, float *scale, float *min)
+{
+    (void)min;
+    const uint32_t qh = v4_load_u32(b->qh);
+    for (int j = 0; j < 16; j++) {
+        q[j] = (int8_t)(((b->qs[j] & 15) | (int)(qh >> j & 1) << 4) - 16);
+    }
+    for (int j = 0; j < 16; j++) {
+        q[j + 16] = (int8_t)((b->qs[j] >> 4 | (int)(qh >> (j + 16) & 1) << 4) - 16);
+    }
+    *scale = v4_load_f16(b->d);
+}
+
+#endif

@@ -1,0 +1,283 @@
+//! The processor as a [`Device`]: each operation is one or a few jobs of the pool, each share of a
+//! job a call of C.
+
+mod attention;
+#[cfg(test)]
+mod conformance;
+mod isa;
+mod linear;
+mod memory;
+mod rotation;
+
+use crate::device::{
+    Activation, Attention, Buffer, Device, DeviceError, KvCache, KvShape, Linear, Matrix, Result,
+    Rope, Span,
+};
+use crate::pool::Pool;
+use isa::{Isa, Rows};
+use memory::Spread;
+
+pub use memory::{HostBuffer, HostKv};
+
+/// Floats of a share of the cheap operations: some microseconds, beneath which a thread is not
+/// worth waking.
+const SHARE_FLOATS: usize = 16 << 10;
+
+/// How to compute.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads; 0 for as many as there are cores that this process may use.
+    pub threads: usize,
+    /// An instruction set of [`isas`]; the best one when absent.
+    pub isa: Option<String>,
+}
+
+/// The instruction sets that this processor has and this build knows, best last.
+pub fn isas() -> Vec<&'static str> {
+    isa::usable()
+}
+
+/// The processor.
+#[derive(Debug)]
+pub struct Cpu {
+    isa: Isa,
+    pool: Pool,
+    quantized: linear::Quantized,
+    shares: linear::Shares,
+    plan: attention::Plan,
+    angles: rotation::Angles,
+}
+
+impl Cpu {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] for an instruction set that is not there, or when the system
+    /// gives no threads.
+    pub fn open(options: &CpuOptions) -> Result<Self> {
+        let isa = Isa::open(options.isa.as_deref())?;
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if options.threads == 0 { cores() } else { options.threads };
+        let pool = Pool::new(threads).map_err(|error| DeviceError::Unavailable {
+            name: "cpu".to_owned(),
+            reason: format!("the system does not give {threads} threads: {error}"),
+        })?;
+        Ok(Self {
+            isa,
+            pool,
+            quantized: linear::Quantized::default(),
+            shares: linear::Shares::default(),
+            plan: attention::Plan::default(),
+            angles: rotation::Angles::default(),
+        })
+    }
+
+    /// Calls `work` with stretches of `0..len` that are multiples of `unit`.
+    fn spread(&mut self, len: usize, unit: usize, work: &(dyn Fn(&Isa, usize, usize) + Sync)) {
+        let step = (SHARE_FLOATS / unit).max(1) * unit;
+        let isa = &self.isa;
+        self.pool.run(len.div_ceil(step), &|share, _| {
+            work(isa, share * step, len.min((share + 1) * step));
+        });
+    }
+}
+
+impl Device for Cpu {
+    fn describe(&self) -> String {
+        format!("cpu ({}, {} threads)", self.isa.name(), self.pool.threads())
+    }
+
+    fn buffer(&self, len: usize) -> Result<Buffer> {
+        HostBuffer::new(len).map(Buffer::Host)
+    }
+
+    fn kv_cache(&self, shape: KvShape, n_blocks: usize) -> Result<KvCache> {
+        let data = HostKv::new(&shape, n_blocks)?;
+        Ok(KvCache { shape, n_blocks, data })
+    }
+
+    fn write(&mut self, from: &[f32], to: &mut Buffer, at: usize) -> Result {
+        let Buffer::Host(to) = to;
+        to.floats_mut()[at..at + from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read(&mut self, from: &Buffer, at: usize, to: &mut [f32]) -> Result {
+        let Buffer::Host(from) = from;
+        to.copy_from_slice(&from.floats()[at..at + to.len()]);
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Matrix, ids: &[u32], scale: f32, out: &mut Buffer) -> Result {
+        let Buffer::Host(out) = out;
+        let cols = table.cols();
+        let out = Spread::new(&mut out.floats_mut()[..ids.len() * cols]);
+        self.spread(ids.len() * cols, cols, &|isa, from, to| {
+            // SAFETY: shares are disjoint.
+            let out = unsafe { out.part(from..to) };
+            for (id, out) in ids[from / cols..].iter().zip(out.chunks_exact_mut(cols)) {
+                isa.dequantize(Rows::of(table, *id as usize, 1), out);
+                for value in out {
+                    *value *= scale;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Buffer,
+        eps: f32,
+        out: &mut Buffer,
+    ) -> Result {
+        let (Buffer::Host(x), Buffer::Host(weight), Buffer::Host(out)) = (x, weight, out);
+        let (x, weight, n) = (x.floats(), weight.floats(), weight.len());
+        let out = Spread::new(&mut out.floats_mut()[..rows * n]);
+        self.spread(rows * n, n, &|isa, from, to| {
+            // SAFETY: shares are disjoint.
+            let out = unsafe { out.part(from..to) };
+            for (x, out) in x[from..to].chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+                isa.rms_norm(x, weight, eps, out);
+            }
+        });
+        Ok(())
+    }
+
+    fn rms_norm_inplace(
+        &mut self,
+        x: &mut Buffer,
+        rows: usize,
+        weight: &Buffer,
+        eps: f32,
+    ) -> Result {
+        let (Buffer::Host(x), Buffer::Host(weight)) = (x, weight);
+        let (weight, n) = (weight.floats(), weight.len());
+        let x = Spread::new(&mut x.floats_mut()[..rows * n]);
+        self.spread(rows * n, n, &|isa, from, to| {
+            // SAFETY: shares are disjoint.
+            let x = unsafe { x.part(from..to) };
+            x.chunks_exact_mut(n).for_each(|x| isa.rms_norm_inplace(x, weight, eps));
+        });
+        Ok(())
+    }
+
+    fn linear(&mut self, x: &Buffer, rows: usize, parts: &mut [Linear<'_>]) -> Result {
+        self.products(x, rows, parts);
+        Ok(())
+    }
+
+    fn add(&mut self, x: &mut Buffer, y: &Buffer, len: usize) -> Result {
+        let (Buffer::Host(x), Buffer::Host(y)) = (x, y);
+        let (x, y) = (Spread::new(&mut x.floats_mut()[..len]), &y.floats()[..len]);
+        self.spread(len, 16, &|isa, from, to| {
+            // SAFETY: shares are disjoint.
+            isa.add(unsafe { x.part(from..to) }, &y[from..to]);
+        });
+        Ok(())
+    }
+
+    fn gated(
+        &mut self,
+        activation: Activation,
+        gate: &mut Buffer,
+        up: &Buffer,
+        len: usize,
+    ) -> Result {
+        let (Buffer::Host(gate), Buffer::Host(up)) = (gate, up);
+        let (gate, up) = (Spread::new(&mut gate.floats_mut()[..len]), &up.floats()[..len]);
+        self.spread(len, 16, &|isa, from, to| {
+            // SAFETY: shares are disjoint.
+            isa.gated(activation, unsafe { gate.part(from..to) }, &up[from..to]);
+        });
+        Ok(())
+    }
+
+    fn rope(
+        &mut self,
+        rope: &Rope,
+        x: &mut Buffer,
+        heads: (usize, usize),
+        positions: &[u32],
+    ) -> Result {
+        self.rotate(rope, x, heads, positions);
+        Ok(())
+    }
+
+    fn kv_store(
+        &mut self,
+        kv: &mut KvCache,
+        layer: usize,
+        k: &Buffer,
+        v: &Buffer,
+        slots: &[u32],
+    ) -> Result {
+        let KvShape { n_layers, n_kv_heads, head_dim, block_tokens, .. } = kv.shape;
+        let n_blocks = kv.n_blocks;
+        assert!(layer < n_layers);
+        let (Buffer::Host(k), Buffer::Host(v)) = (k, v);
+        let len = slots.len() * n_kv_heads * head_dim;
+        let (k, v) = (&k.floats()[..len], &v.floats()[..len]);
+        let (keys, values) = kv.data.both_mut();
+        for (row, &slot) in slots.iter().enumerate() {
+            let (block, offset) = (slot as usize / block_tokens, slot as usize % block_tokens);
+            assert!(block < n_blocks, "slot {slot} of {n_blocks} blocks");
+            for head in 0..n_kv_heads {
+                let from = (row * n_kv_heads + head) * head_dim;
+                let head = (layer * n_blocks + block) * n_kv_heads + head;
+                let to = (head * block_tokens + offset) * head_dim;
+                self.isa.f16_from_f32(&k[from..from + head_dim], &mut keys[to..to + head_dim]);
+                self.isa.f16_from_f32(&v[from..from + head_dim], &mut values[to..to + head_dim]);
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        attention: &Attention,
+        kv: (&KvCache, usize),
+        q: &Buffer,
+        spans: &[Span<'_>],
+        out: &mut Buffer,
+    ) -> Result {
+        self.attend(attention, kv, q, spans, out);
+        Ok(())
+    }
+
+    fn gather(&mut self, x: &Buffer, width: usize, rows: &[u32], out: &mut Buffer) -> Result {
+        let (Buffer::Host(x), Buffer::Host(out)) = (x, out);
+        for (row, out) in rows.iter().zip(out.floats_mut().chunks_exact_mut(width)) {
+            out.copy_from_slice(&x.floats()[*row as usize * width..][..width]);
+        }
+        assert!(rows.len() * width <= out.len(), "room for every row");
+        Ok(())
+    }
+
+    fn soft_cap(&mut self, x: &mut Buffer, cap: f32, len: usize) -> Result {
+        let Buffer::Host(x) = x;
+        let x = Spread::new(&mut x.floats_mut()[..len]);
+        self.spread(len, 16, &|isa, from, to| {
+            // SAFETY: shares are disjoint.
+            isa.soft_cap(unsafe { x.part(from..to) }, cap);
+        });
+        Ok(())
+    }
+
+    fn kv_copy(&mut self, kv: &mut KvCache, pairs: &[(u32, u32)]) -> Result {
+        let KvShape { n_layers, n_kv_heads, head_dim, block_tokens, .. } = kv.shape;
+        let (block, n_blocks) = (n_kv_heads * head_dim * block_tokens, kv.n_blocks);
+        let (keys, values) = kv.data.both_mut();
+        for &(from, to) in pairs {
+            assert!((from as usize) < n_blocks && (to as usize) < n_blocks, "{from} to {to}");
+            for layer in 0..n_layers {
+                let at = |index: u32| (layer * n_blocks + index as usize) * block;
+                keys.copy_within(at(from)..at(from) + block, at(to));
+                values.copy_within(at(from)..at(from) + block, at(to));
+            }
+        }
+        Ok(())
+    }
+}

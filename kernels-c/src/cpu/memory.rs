@@ -1,0 +1,169 @@
+//! The memory of [`super::Cpu`]: buffers of floats, the cache of keys and values, and the views by
+//! which the shares of a job write to parts of one buffer.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use memmap2::MmapMut;
+
+use crate::device::{DeviceError, KvShape, Result};
+
+/// Anonymous memory, zero and not resident until it is touched.
+fn zeros(bytes: usize, what: &'static str) -> Result<MmapMut> {
+    let out_of_memory = |_| DeviceError::OutOfMemory { what, needed: bytes };
+    MmapMut::map_anon(bytes.max(1)).map_err(out_of_memory)
+}
+
+/// Floats on a page boundary.
+#[derive(Debug)]
+pub struct HostBuffer {
+    memory: MmapMut,
+    len: usize,
+}
+
+impl HostBuffer {
+    pub(super) fn new(len: usize) -> Result<Self> {
+        let bytes = len.saturating_mul(size_of::<f32>());
+        Ok(Self { memory: zeros(bytes, "activations")?, len })
+    }
+
+    /// Floats it holds.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(super) fn floats(&self) -> &[f32] {
+        // SAFETY: the mapping is `4 * len` bytes, page-aligned, zeroed when made, and every pattern
+        // of bits is a float.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast(), self.len) }
+    }
+
+    pub(super) fn floats_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `floats`, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+/// Keys and values in half precision.
+#[derive(Debug)]
+pub struct HostKv {
+    keys: MmapMut,
+    values: MmapMut,
+    /// Half-precision numbers in each.
+    len: usize,
+}
+
+impl HostKv {
+    pub(super) fn new(shape: &KvShape, n_blocks: usize) -> Result<Self> {
+        let bytes = shape.block_bytes().saturating_mul(n_blocks) / 2;
+        let map = || zeros(bytes, "the cache of keys and values");
+        Ok(Self { keys: map()?, values: map()?, len: bytes / 2 })
+    }
+
+    pub(super) fn keys(&self) -> &[u16] {
+        // SAFETY: the mapping is `2 * len` bytes, page-aligned, zeroed when made, and every pattern
+        // of bits is a u16.
+        unsafe { std::slice::from_raw_parts(self.keys.as_ptr().cast(), self.len) }
+    }
+
+    pub(super) fn values(&self) -> &[u16] {
+        // SAFETY: as in `keys`.
+        unsafe { std::slice::from_raw_parts(self.values.as_ptr().cast(), self.len) }
+    }
+
+    pub(super) fn both_mut(&mut self) -> (&mut [u16], &mut [u16]) {
+        // SAFETY: as in `keys`, borrowed mutably; the two mappings are apart.
+        unsafe {
+            (
+                std::slice::from_raw_parts_mut(self.keys.as_mut_ptr().cast(), self.len),
+                std::slice::from_raw_parts_mut(self.values.as_mut_ptr().cast(), self.len),
+            )
+        }
+    }
+}
+
+/// A slice that the shares of a job write to, each to its own part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Spread<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a `Spread` is a mutable slice; who takes parts of it promises that no two overlap.
+unsafe impl<T: Send> Sync for Spread<'_, T> {}
+// SAFETY: see above.
+unsafe impl<T: Send> Send for Spread<'_, T> {}
+
+impl<'a, T> Spread<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
+    }
+
+    /// A part of the slice.
+    ///
+    /// # Safety
+    /// While the part lives, no other part that shares an element with it does.
+    pub(super) unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: in bounds; the caller promises that nothing else refers to these elements.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// Columns `columns` of rows `rows`, the slice being a matrix of rows of `width`.
+    ///
+    /// # Safety
+    /// While the tile lives, nothing that shares an element with it does.
+    pub(super) unsafe fn tile(
+        &self,
+        rows: Range<usize>,
+        width: usize,
+        columns: Range<usize>,
+    ) -> Tile<'a> {
+        assert!(size_of::<T>() == size_of::<f32>() && rows.end * width <= self.len);
+        assert!(rows.start < rows.end, "{rows:?}");
+        assert!(columns.start < columns.end && columns.end <= width, "{columns:?} of {width}");
+        // SAFETY: in bounds, by the assertions.
+        let start = unsafe { self.start.add(rows.start * width + columns.start) };
+        Tile {
+            start: start.cast(),
+            rows: rows.len(),
+            columns: columns.len(),
+            stride: width,
+            borrow: PhantomData,
+        }
+    }
+}
+
+/// Some columns of a matrix of floats.
+#[derive(Debug)]
+pub(super) struct Tile<'a> {
+    pub(super) start: *mut f32,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// Floats from a row to the next.
+    pub(super) stride: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+impl Tile<'_> {
+    /// Columns `columns` of this tile.
+    pub(super) fn columns(&mut self, columns: Range<usize>) -> Tile<'_> {
+        assert!(columns.start < columns.end && columns.end <= self.columns, "{columns:?}");
+        // SAFETY: inside this tile.
+        let start = unsafe { self.start.add(columns.start) };
+        Tile { start, columns: columns.len(), ..*self }
+    }
+
+    /// One row.
+    pub(super) fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows);
+        // SAFETY: inside this tile, which is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
+    }
+}

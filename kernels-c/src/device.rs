@@ -1,0 +1,310 @@
+//! The operations a model is made of, and what they work on.
+//!
+//! Activations are float32, row-major `[rows, width]`, a row a token. Weights are [`Matrix`]:
+//! `[rows, cols]` in the file's own block layout, used where they are mapped. The engine's layers
+//! are written in these operations once; [`crate::Cpu`] implements them, a GPU will. Wrong shapes
+//! are our own mistake and panic; what a device may fail at is a [`DeviceError`].
+
+use crate::{Bytes, Quant};
+
+/// What a device can fail at.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// No such device, or this build cannot use it.
+    #[error("device {name:?} cannot be used: {reason}")]
+    Unavailable {
+        /// The name asked for.
+        name: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The device's memory does not hold it.
+    #[error("{needed} bytes of memory are needed for {what}, and the machine does not give them")]
+    OutOfMemory {
+        /// For what.
+        what: &'static str,
+        /// Bytes asked for.
+        needed: usize,
+    },
+}
+
+/// The result of an operation.
+pub type Result<T = ()> = std::result::Result<T, DeviceError>;
+
+/// A weight matrix `[rows, cols]`, row-major, each row a whole number of quant blocks.
+#[derive(Debug, Clone)]
+pub struct Matrix {
+    quant: Quant,
+    rows: usize,
+    cols: usize,
+    bytes: Bytes,
+}
+
+impl Matrix {
+    /// A matrix over `bytes`; `None` unless they are exactly `rows` rows of `cols` weights in
+    /// `quant`.
+    pub fn new(quant: Quant, rows: usize, cols: usize, bytes: Bytes) -> Option<Self> {
+        let expected = quant.row_bytes(cols)?.checked_mul(rows)?;
+        (bytes.len() == expected).then_some(Self { quant, rows, cols, bytes })
+    }
+
+    /// The block format.
+    pub fn quant(&self) -> Quant {
+        self.quant
+    }
+
+    /// Rows: the width of a product's result.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: the width of a product's input.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The blocks.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+}
+
+/// Float32 memory of a device.
+#[derive(Debug)]
+pub enum Buffer {
+    /// Memory of this process.
+    Host(crate::cpu::HostBuffer),
+}
+
+impl Buffer {
+    /// Floats it holds.
+    pub fn len(&self) -> usize {
+        match self {
+            Buffer::Host(host) => host.len(),
+        }
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How a key or value is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvType {
+    /// IEEE half precision.
+    F16,
+}
+
+impl KvType {
+    /// Bytes of `n` values.
+    pub fn bytes(self, n: usize) -> usize {
+        match self {
+            KvType::F16 => 2 * n,
+        }
+    }
+}
+
+/// The shape of a KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers that keep keys and values.
+    pub n_layers: usize,
+    /// Heads of keys and values.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Tokens of a block.
+    pub block_tokens: usize,
+    /// How a value is stored.
+    pub kv_type: KvType,
+}
+
+impl KvShape {
+    /// Bytes of keys and values together for one block over all layers.
+    pub fn block_bytes(&self) -> usize {
+        self.kv_type.bytes(2 * self.n_layers * self.n_kv_heads * self.head_dim * self.block_tokens)
+    }
+}
+
+/// Keys and values of all sequences, in blocks. Within a layer and a block each head's keys (and
+/// values) lie together: `[layer][block][kv head][token][head_dim]`.
+#[derive(Debug)]
+pub struct KvCache {
+    /// Its shape.
+    pub shape: KvShape,
+    /// How many blocks there are.
+    pub n_blocks: usize,
+    /// The storage.
+    pub(crate) data: crate::cpu::HostKv,
+}
+
+/// One product of an input: `out = x W^T + bias`.
+#[derive(Debug)]
+pub struct Linear<'a> {
+    /// `[out width, in width]`.
+    pub weight: &'a Matrix,
+    /// `[out width]`.
+    pub bias: Option<&'a Buffer>,
+    /// Multiplies the product before the bias; 1 but for formats with a scale a tensor (NVFP4).
+    pub scale: f32,
+    /// `[rows, out width]`.
+    pub out: &'a mut Buffer,
+}
+
+/// The function of a gated feed-forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
+    GeluTanh,
+}
+
+/// Which values of a head rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Neighbours: (0, 1), (2, 3), ... GGUF's llama layout.
+    Adjacent,
+    /// Halves: (0, n/2), (1, n/2 + 1), ... The layout of Hugging Face.
+    Halves,
+}
+
+/// A rotary position embedding (Su et al. 2021).
+#[derive(Debug, Clone)]
+pub struct Rope {
+    /// Pairing.
+    pub kind: RopeKind,
+    /// One angle a position for each pair, scaling of long contexts included: `[rotary width / 2]`.
+    /// Values beyond the rotary width stay as they are.
+    pub inv_freq: Vec<f32>,
+    /// Multiplies sine and cosine (`YaRN`); 1 without.
+    pub magnitude: f32,
+}
+
+/// What one sequence contributes to a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Span<'a> {
+    /// Its first row in the batch.
+    pub first_row: usize,
+    /// Its rows: consecutive positions that end at `kv_len - 1`.
+    pub n_rows: usize,
+    /// Tokens of the sequence in the cache, these rows included.
+    pub kv_len: usize,
+    /// The physical blocks that hold them, in order.
+    pub blocks: &'a [u32],
+}
+
+/// The constants of an attention layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attention {
+    /// Query heads; a multiple of the KV heads.
+    pub n_heads: usize,
+    /// Multiplies query times key.
+    pub scale: f32,
+    /// A token sees itself and at most `window - 1` before it.
+    pub window: Option<usize>,
+    /// `cap * tanh(score / cap)` before the softmax.
+    pub soft_cap: Option<f32>,
+}
+
+/// A device: where weights are read and activations live. An operation fails only as the device
+/// itself does, with a [`DeviceError`].
+#[allow(clippy::missing_errors_doc, reason = "said once, above")]
+pub trait Device: Send {
+    /// The device and what it computes with, for people: `cpu (avx512, 2 threads)`.
+    fn describe(&self) -> String;
+
+    /// `len` zeros.
+    fn buffer(&self, len: usize) -> Result<Buffer>;
+
+    /// An empty KV cache of `n_blocks` blocks.
+    fn kv_cache(&self, shape: KvShape, n_blocks: usize) -> Result<KvCache>;
+
+    /// Copies `from` to `to[at..]`.
+    fn write(&mut self, from: &[f32], to: &mut Buffer, at: usize) -> Result;
+
+    /// Copies `from[at..]` to `to`.
+    fn read(&mut self, from: &Buffer, at: usize, to: &mut [f32]) -> Result;
+
+    /// `out[i] = scale * table[ids[i]]`, `[ids, table.cols]`. Ids are below `table.rows`.
+    fn embed(&mut self, table: &Matrix, ids: &[u32], scale: f32, out: &mut Buffer) -> Result;
+
+    /// Root mean square norm of `rows` rows of `weight.len()` values each (a row may be a token or
+    /// a head): `out = x / sqrt(mean(x^2) + eps) * weight`.
+    fn rms_norm(
+        &mut self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Buffer,
+        eps: f32,
+        out: &mut Buffer,
+    ) -> Result;
+
+    /// [`Device::rms_norm`] in place.
+    fn rms_norm_inplace(
+        &mut self,
+        x: &mut Buffer,
+        rows: usize,
+        weight: &Buffer,
+        eps: f32,
+    ) -> Result;
+
+    /// Several products of one input of `rows` rows: query, key and value, or gate and up, read `x`
+    /// once.
+    fn linear(&mut self, x: &Buffer, rows: usize, parts: &mut [Linear<'_>]) -> Result;
+
+    /// `x[..len] += y[..len]`.
+    fn add(&mut self, x: &mut Buffer, y: &Buffer, len: usize) -> Result;
+
+    /// `gate[..len] = activation(gate[..len]) * up[..len]`.
+    fn gated(
+        &mut self,
+        activation: Activation,
+        gate: &mut Buffer,
+        up: &Buffer,
+        len: usize,
+    ) -> Result;
+
+    /// Rotates `x` `[positions, n_heads, head_dim]` in place; `heads` is (`n_heads`, `head_dim`).
+    fn rope(
+        &mut self,
+        rope: &Rope,
+        x: &mut Buffer,
+        heads: (usize, usize),
+        positions: &[u32],
+    ) -> Result;
+
+    /// Stores row i of `k` and `v` `[slots, n_kv_heads, head_dim]` in `layer` at slot `slots[i]`
+    /// (`block * block_tokens + offset`).
+    fn kv_store(
+        &mut self,
+        kv: &mut KvCache,
+        layer: usize,
+        k: &Buffer,
+        v: &Buffer,
+        slots: &[u32],
+    ) -> Result;
+
+    /// Causal attention of `q` `[rows, n_heads, head_dim]` over the cache, a span a sequence, into
+    /// `out` (same shape). The result of a row does not depend on what else is in the batch, nor on
+    /// the thread count.
+    fn attention(
+        &mut self,
+        attention: &Attention,
+        kv: (&KvCache, usize),
+        q: &Buffer,
+        spans: &[Span<'_>],
+        out: &mut Buffer,
+    ) -> Result;
+
+    /// Copies rows `rows` of `x` (each `width` wide) to the start of `out`.
+    fn gather(&mut self, x: &Buffer, width: usize, rows: &[u32], out: &mut Buffer) -> Result;
+
+    /// `x[..len] = cap * tanh(x[..len] / cap)`.
+    fn soft_cap(&mut self, x: &mut Buffer, cap: f32, len: usize) -> Result;
+
+    /// Copies whole blocks of the cache over all layers: `pairs` of (from, to).
+    fn kv_copy(&mut self, kv: &mut KvCache, pairs: &[(u32, u32)]) -> Result;
+}

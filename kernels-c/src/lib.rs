@@ -1,0 +1,27 @@
+//! C and CUDA, and the only unsafe Rust of v4.
+//!
+//! **Owns** the quant formats, the arithmetic on them for each instruction set, the thread pool,
+//! mapped files and the [`Device`] trait that the engine's layers are written in.
+//!
+//! **Never** knows a model, a file format, a socket or a policy. C allocates nothing, starts no
+//! thread, does no input or output and keeps no state; Rust checks every length before C sees a
+//! pointer.
+//!
+//! **Start reading at** [`Device`], then `cpu.rs`, then `include/v4.h`.
+
+pub mod cpu;
+mod device;
+#[rustfmt::skip]
+mod ffi;
+pub mod map;
+pub mod pool;
+pub mod probe;
+pub mod quant;
+
+pub use cpu::Cpu;
+pub use device::{
+    Activation, Attention, Buffer, Device, DeviceError, KvCache, KvShape, KvType, Linear, Matrix,
+    Rope, RopeKind, Span,
+};
+pub use map::{Bytes, Map};
+pub use quant::Quant;

@@ -1,0 +1,371 @@
+//! The threads that compute: persistent, one job at a time, the caller among them.
+//!
+//! A model's step is some hundred short jobs, microseconds apart, so handing one over must cost
+//! less than a microsecond: workers spin for the next job for a few tens of microseconds, then give
+//! up their slice, then park. Work is taken in small shares from one counter, so that a core that
+//! is busy elsewhere slows a job by its own share only, and a worker that has not woken by the time
+//! the shares are gone is not waited for.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Turns of the pause instruction before a waiter gives up its slice: some 50 us, more than lies
+/// between two jobs of a step, less than a person or a battery notices.
+const SPIN_TURNS: u32 = 2_000;
+/// Slices given up before a waiter parks.
+const YIELD_TURNS: u32 = 16;
+/// Threads of a pool at most: more than any machine has cores, less than the counter in the state
+/// holds.
+pub const MAX_THREADS: usize = 1024;
+
+/// `State`: workers inside the job, in the low bits.
+const ACTIVE: u64 = 0xffff;
+/// `State`: shares may still be taken.
+const OPEN: u64 = 0x1_0000;
+/// `State`: one job.
+const EPOCH: u64 = 0x2_0000;
+
+/// Working memory of one thread, kept between jobs. It only grows.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    floats: Vec<Line>,
+}
+
+/// A cache line of floats: what gives [`Scratch`] its alignment.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Scratch {
+    /// `len` floats with what was left in them, on a boundary of a cache line.
+    pub fn floats(&mut self, len: usize) -> &mut [f32] {
+        let lines = len.div_ceil(16);
+        if self.floats.len() < lines {
+            self.floats.resize(lines, Line::default());
+        }
+        // SAFETY: a `Line` is sixteen floats without padding, and there are at least `len` of them.
+        unsafe { std::slice::from_raw_parts_mut(self.floats.as_mut_ptr().cast::<f32>(), len) }
+    }
+}
+
+/// A job: what to do for each share.
+type Work<'a> = dyn Fn(usize, &mut Scratch) + Sync + 'a;
+
+/// The job of the hour, valid while the state is open or a worker is active.
+struct Job {
+    work: *const Work<'static>,
+    n_shares: usize,
+    caller: Thread,
+}
+
+#[repr(align(64))]
+struct Shared {
+    /// Jobs begun, whether shares may be taken, and workers inside.
+    state: AtomicU64,
+    /// The next share to take.
+    next: Apart<AtomicUsize>,
+    job: UnsafeCell<Option<Job>>,
+    stopping: AtomicBool,
+    /// The first panic of a worker in this job.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// A flag a worker: it is parked, or about to.
+    asleep: Vec<AtomicBool>,
+}
+
+/// On a cache line of its own.
+#[repr(align(64))]
+struct Apart<T>(T);
+
+// SAFETY: `job` is written by the one caller only while the state is closed with no worker active
+// (`Pool::run` borrows the pool mutably), and read by workers only while they are counted active.
+// All else is atomic or locked. The pointer in it is to a `Sync` closure.
+unsafe impl Sync for Shared {}
+// SAFETY: see above; nothing in it belongs to one thread.
+unsafe impl Send for Shared {}
+
+/// A pool of threads. Dropping it joins them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    scratch: Scratch,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("threads", &self.threads()).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    /// A pool of `threads`, the caller's counted: `threads - 1` are started.
+    ///
+    /// # Errors
+    /// When the system gives no more threads; those already started are joined.
+    pub fn new(threads: usize) -> io::Result<Self> {
+        let n_workers = threads.clamp(1, MAX_THREADS) - 1;
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            next: Apart(AtomicUsize::new(0)),
+            job: UnsafeCell::new(None),
+            stopping: AtomicBool::new(false),
+            panic: Mutex::new(None),
+            asleep: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
+        });
+        let mut pool = Self { shared, workers: Vec::new(), scratch: Scratch::default() };
+        for index in 0..n_workers {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new()
+                .name(format!("v4-compute-{}", index + 1))
+                .spawn(move || shared.serve(index))?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Threads that compute, the caller's counted.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `work` once for each share below `n_shares`, on the threads of the pool, and returns
+    /// when all are done.
+    ///
+    /// # Panics
+    /// When `work` does; shares not yet taken are then left.
+    pub fn run(&mut self, n_shares: usize, work: &Work<'_>) {
+        if self.workers.is_empty() || n_shares < 2 {
+            for share in 0..n_shares {
+                work(share, &mut self.scratch);
+            }
+            return;
+        }
+        self.open(n_shares, work);
+        let mine = catch_unwind(AssertUnwindSafe(|| {
+            self.shared.take_shares(n_shares, work, &mut self.scratch);
+        }));
+        if mine.is_err() {
+            self.shared.next.0.store(n_shares, Ordering::Relaxed);
+        }
+        self.close();
+        let theirs = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(payload) = mine.err().or(theirs) {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Lets workers in.
+    fn open(&mut self, n_shares: usize, work: &Work<'_>) {
+        // SAFETY: only the lifetime changes. `close`, which `run` calls before it returns or
+        // unwinds, waits until no worker is inside the job and none can enter, so the pointer is
+        // not used after the borrow it was made of.
+        let work = unsafe { std::mem::transmute::<&Work<'_>, &Work<'static>>(work) };
+        let shared = &*self.shared;
+        // SAFETY: the state is closed and no worker is active: nobody else looks at `job`.
+        unsafe { *shared.job.get() = Some(Job { work, n_shares, caller: thread::current() }) };
+        shared.next.0.store(0, Ordering::Relaxed);
+        // Sequentially consistent against a worker's `asleep`: either it sees the job, or we see
+        // that it sleeps.
+        shared.state.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
+        for (asleep, worker) in shared.asleep.iter().zip(&self.workers).take(n_shares - 1) {
+            if asleep.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+    }
+
+    /// Lets no more workers in and waits for those inside.
+    fn close(&mut self) {
+        let shared = &*self.shared;
+        shared.state.fetch_and(!OPEN, Ordering::SeqCst);
+        let mut turns = 0;
+        while shared.state.load(Ordering::Acquire) & ACTIVE != 0 {
+            wait(&mut turns, thread::park);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker hands every panic on to `run` and has none of its own.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The life of a worker.
+    fn serve(&self, index: usize) {
+        let mut scratch = Scratch::default();
+        let mut seen = 0;
+        while let Some(state) = self.await_job(index, seen) {
+            let entered = self
+                .state
+                .compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok();
+            if !entered {
+                continue;
+            }
+            seen = state / EPOCH;
+            self.work(&mut scratch);
+        }
+    }
+
+    /// Waits for an open job that is not `seen`; `None` when the pool stops.
+    fn await_job(&self, index: usize, seen: u64) -> Option<u64> {
+        let mut turns = 0;
+        loop {
+            let state = self.state.load(Ordering::SeqCst);
+            if state & OPEN != 0 && state / EPOCH != seen {
+                return Some(state);
+            }
+            if self.stopping.load(Ordering::SeqCst) {
+                return None;
+            }
+            wait(&mut turns, || {
+                self.asleep[index].store(true, Ordering::SeqCst);
+                let state = self.state.load(Ordering::SeqCst);
+                let idle = state & OPEN == 0 || state / EPOCH == seen;
+                if idle && !self.stopping.load(Ordering::SeqCst) {
+                    thread::park();
+                }
+                self.asleep[index].store(false, Ordering::SeqCst);
+            });
+        }
+    }
+
+    /// A worker's part of the job it has entered.
+    fn work(&self, scratch: &mut Scratch) {
+        // SAFETY: this worker is counted active, so the caller neither writes `job` nor lets its
+        // closure go.
+        let (work, n_shares, caller) = unsafe {
+            let job = (*self.job.get()).as_ref().expect("an open state has a job");
+            (&*job.work, job.n_shares, job.caller.clone())
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.take_shares(n_shares, work, scratch)));
+        if let Err(payload) = outcome {
+            self.next.0.store(n_shares, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+        }
+        let before = self.state.fetch_sub(1, Ordering::AcqRel);
+        if before & (OPEN | ACTIVE) == 1 {
+            // The last one out after closing: the caller may be parked. A token too many costs it
+            // one turn.
+            caller.unpark();
+        }
+    }
+
+    fn take_shares(&self, n_shares: usize, work: &Work<'_>, scratch: &mut Scratch) {
+        loop {
+            let share = self.next.0.fetch_add(1, Ordering::Relaxed);
+            if share >= n_shares {
+                return;
+            }
+            work(share, scratch);
+        }
+    }
+}
+
+/// One turn of waiting: spin, then yield, then `park`.
+fn wait(turns: &mut u32, park: impl FnOnce()) {
+    if *turns < SPIN_TURNS {
+        *turns += 1;
+        std::hint::spin_loop();
+    } else if *turns < SPIN_TURNS + YIELD_TURNS {
+        *turns += 1;
+        thread::yield_now();
+    } else {
+        park();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_share_is_done_once() {
+        for threads in [1, 2, 3, 8] {
+            let mut pool = Pool::new(threads).unwrap();
+            assert_eq!(pool.threads(), threads);
+            for n_shares in [0, 1, 2, 3, 17, 1000] {
+                let done: Vec<AtomicUsize> = (0..n_shares).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(n_shares, &|share, _| {
+                    done[share].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(
+                    done.iter().all(|n| n.load(Ordering::Relaxed) == 1),
+                    "{threads} {n_shares}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn many_short_jobs_follow_each_other() {
+        let mut pool = Pool::new(4).unwrap();
+        let total = AtomicUsize::new(0);
+        for _ in 0..20_000 {
+            pool.run(5, &|share, _| {
+                total.fetch_add(share, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(total.into_inner(), 200_000);
+    }
+
+    #[test]
+    fn workers_that_parked_wake_up() {
+        let mut pool = Pool::new(3).unwrap();
+        for _ in 0..20 {
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            while !pool.shared.asleep.iter().all(|asleep| asleep.load(Ordering::SeqCst)) {
+                assert!(std::time::Instant::now() < deadline, "workers never parked");
+                thread::yield_now();
+            }
+            // Shares that wait for each other: only three threads at once get through.
+            let arrived = AtomicUsize::new(0);
+            pool.run(3, &|_, _| {
+                arrived.fetch_add(1, Ordering::SeqCst);
+                while arrived.load(Ordering::SeqCst) < 3 {
+                    assert!(std::time::Instant::now() < deadline, "a worker did not wake");
+                    thread::yield_now();
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let mut pool = Pool::new(3).unwrap();
+        for culprit in [0, 1, 50, 99] {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(100, &|share, _| assert!(share != culprit, "share {share}"));
+            }));
+            let payload = outcome.unwrap_err();
+            assert_eq!(payload.downcast_ref::<String>(), Some(&format!("share {culprit}")));
+        }
+        let total = AtomicUsize::new(0);
+        pool.run(10, &|_, _| {
+            total.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(total.into_inner(), 10);
+    }
+
+    #[test]
+    fn scratch_is_aligned_and_kept() {
+        let mut pool = Pool::new(1).unwrap();
+        pool.run(1, &|_, scratch| scratch.floats(33).fill(7.0));
+        pool.run(1, &|_, scratch| {
+            let floats = scratch.floats(33);
+            assert_eq!(floats.as_ptr().addr() % 64, 0);
+            assert!(floats.iter().all(|value| value.to_bits() == 7.0f32.to_bits()));
+        });
+    }
+}
