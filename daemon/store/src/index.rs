@@ -1,0 +1,242 @@
+//! The index: what is handy to know and can be found out again. Files are the truth; delete this
+//! folder and nothing is lost but a little time.
+//!
+//! sled 0.34 is opened with care, because its own faults must not become ours: a database that
+//! cannot be read is healed by dropping its snapshots, else set aside and begun anew. It can also
+//! open as empty where rows were lost, so the number of rows is kept in a file beside it.
+
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use v4_proto::{Digest, Inspection, ModelName};
+
+use crate::{
+    error::StoreError,
+    fs::{self, Fs},
+    limits,
+};
+
+/// How an index came up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opened {
+    /// As it was left, or new.
+    Whole,
+    /// Its snapshots were damaged and dropped; all rows are there.
+    Healed,
+    /// It was damaged and set aside; begun anew.
+    Rebuilt,
+}
+
+/// The index of one home.
+#[derive(Debug)]
+pub(crate) struct Index {
+    fs: Arc<dyn Fs>,
+    folder: PathBuf,
+    db: sled::Db,
+    inspections: sled::Tree,
+    last_use: sled::Tree,
+    /// Held while rows change, so that the count beside them is true.
+    change: Mutex<()>,
+}
+
+/// Why sled did not open.
+enum Refusal {
+    /// The files are damaged.
+    Corrupt,
+    /// sled panicked on them.
+    Panic,
+    /// Something that a rebuild would not mend.
+    Other(sled::Error),
+}
+
+impl Index {
+    /// Opens the index in `folder`, mending what can be mended.
+    pub fn open(fs: &Arc<dyn Fs>, folder: &Path) -> Result<(Self, Opened), StoreError> {
+        let failed = |source| StoreError::Index { path: folder.to_path_buf(), source };
+        let db_path = folder.join("db");
+        let refusal = match Self::try_open_patiently(fs, folder) {
+            Ok(index) => return Ok((index, Opened::Whole)),
+            Err(Refusal::Other(error)) => return Err(failed(error)),
+            Err(refusal) => refusal,
+        };
+        if matches!(refusal, Refusal::Corrupt) {
+            for name in fs.list(&db_path).map_err(StoreError::io("list", &db_path))? {
+                if name.starts_with("snap.") {
+                    let path = db_path.join(name);
+                    fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
+                }
+            }
+            if let Ok(index) = Self::try_open(fs, folder) {
+                return Ok((index, Opened::Healed));
+            }
+        }
+        let aside = folder.join("db.damaged");
+        fs.remove_tree(&aside).map_err(StoreError::io("remove", &aside))?;
+        fs.rename(&db_path, &aside).map_err(StoreError::io("rename", &db_path))?;
+        let rows = rows_path(folder);
+        fs.remove_file(&rows).map_err(StoreError::io("remove", &rows))?;
+        match Self::try_open(fs, folder) {
+            Ok(index) => Ok((index, Opened::Rebuilt)),
+            Err(Refusal::Other(error)) => Err(failed(error)),
+            Err(Refusal::Corrupt | Refusal::Panic) => {
+                Err(failed(sled::Error::ReportableBug("a new index does not open".into())))
+            }
+        }
+    }
+
+    /// Opens what is there. sled gives its lock back on a thread of its own, a moment after the
+    /// drop; since the lock on the home keeps other processes out, that moment is waited for.
+    fn try_open_patiently(fs: &Arc<dyn Fs>, folder: &Path) -> Result<Self, Refusal> {
+        let deadline = Instant::now() + limits::INDEX_LOCK_WAIT;
+        loop {
+            match Self::try_open(fs, folder) {
+                Err(Refusal::Other(sled::Error::Io(error)))
+                    if error.kind() == io::ErrorKind::Other && Instant::now() < deadline =>
+                {
+                    std::thread::park_timeout(limits::INDEX_LOCK_STEP);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Opens what is there and reads all of it once.
+    fn try_open(fs: &Arc<dyn Fs>, folder: &Path) -> Result<Self, Refusal> {
+        let open = || -> sled::Result<(sled::Db, usize)> {
+            let db = sled::Config::new()
+                .path(folder.join("db"))
+                .cache_capacity(limits::INDEX_CACHE_BYTES)
+                .flush_every_ms(None)
+                .open()?;
+            let mut n_rows = 0;
+            for name in db.tree_names() {
+                for row in &db.open_tree(name)? {
+                    row?;
+                    n_rows += 1;
+                }
+            }
+            Ok((db, n_rows))
+        };
+        let (db, n_rows) = match catch_unwind(AssertUnwindSafe(open)) {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(sled::Error::Io(error))) => {
+                let is_damage = matches!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData
+                );
+                return Err(if is_damage {
+                    Refusal::Corrupt
+                } else {
+                    Refusal::Other(error.into())
+                });
+            }
+            Ok(Err(_)) => return Err(Refusal::Corrupt),
+            Err(_) => return Err(Refusal::Panic),
+        };
+        // Fewer rows than were counted is loss that sled did not see. More is a crash between row
+        // and count.
+        if n_rows < read_rows(fs.as_ref(), folder) {
+            return Err(Refusal::Panic);
+        }
+        let inspections = db.open_tree("inspections").map_err(Refusal::Other)?;
+        let last_use = db.open_tree("last_use").map_err(Refusal::Other)?;
+        let (fs, folder) = (Arc::clone(fs), folder.to_path_buf());
+        Ok(Self { fs, folder, db, inspections, last_use, change: Mutex::new(()) })
+    }
+
+    /// The cached inspection of a blob. A row that cannot be read is no row.
+    pub fn inspection(&self, digest: &Digest) -> Option<Inspection> {
+        let bytes = self.inspections.get(digest.as_bytes()).ok().flatten()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// Keeps the inspection of a blob.
+    pub fn put_inspection(&self, digest: &Digest, value: &Inspection) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(value).expect("an inspection has string keys only");
+        if bytes.len() > limits::INSPECTION_BYTES {
+            return Ok(());
+        }
+        self.insert(&self.inspections, digest.as_bytes(), &bytes)
+    }
+
+    /// Forgets the inspection of a blob that is gone.
+    pub fn remove_inspection(&self, digest: &Digest) -> Result<(), StoreError> {
+        self.remove(&self.inspections, digest.as_bytes())
+    }
+
+    /// When a name was last used, if it is known.
+    pub fn last_use(&self, name: &ModelName) -> Option<SystemTime> {
+        let bytes = self.last_use.get(name.to_string()).ok().flatten()?;
+        let millis = u64::from_le_bytes(bytes.as_ref().try_into().ok()?);
+        UNIX_EPOCH.checked_add(Duration::from_millis(millis))
+    }
+
+    /// Notes that a name is used now.
+    pub fn touch(&self, name: &ModelName, now: SystemTime) -> Result<(), StoreError> {
+        let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        self.insert(&self.last_use, name.to_string().as_bytes(), &millis.to_le_bytes())
+    }
+
+    /// Forgets a name.
+    pub fn remove_name(&self, name: &ModelName) -> Result<(), StoreError> {
+        self.remove(&self.last_use, name.to_string().as_bytes())
+    }
+
+    /// The row first, the count after it: a crash between them leaves a row too many, which is no
+    /// loss.
+    fn insert(&self, tree: &sled::Tree, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = tree.insert(key, value).map_err(self.failed())?.is_none();
+        if is_new {
+            self.db.flush().map_err(self.failed())?;
+            // sled's flush hands the bytes to the system; the sync brings them to the disk.
+            let path = self.folder.join("db").join("db");
+            let file = self.fs.open(&path).and_then(|mut file| file.sync());
+            file.map_err(StoreError::io("sync", &path))?;
+            self.write_rows(self.n_rows())?;
+        }
+        Ok(())
+    }
+
+    /// The count first, the row after it, for the same reason.
+    fn remove(&self, tree: &sled::Tree, key: &[u8]) -> Result<(), StoreError> {
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        if tree.contains_key(key).map_err(self.failed())? {
+            self.write_rows(self.n_rows().saturating_sub(1))?;
+            tree.remove(key).map_err(self.failed())?;
+        }
+        Ok(())
+    }
+
+    fn n_rows(&self) -> usize {
+        self.inspections.len() + self.last_use.len()
+    }
+
+    fn write_rows(&self, n_rows: usize) -> Result<(), StoreError> {
+        let staging = self.folder.join("rows.new");
+        let bytes = n_rows.to_string();
+        let to = rows_path(&self.folder);
+        crate::blob::put_file(self.fs.as_ref(), &staging, &to, bytes.as_bytes(), 0o600)
+    }
+
+    fn failed(&self) -> impl FnOnce(sled::Error) -> StoreError {
+        let path = self.folder.clone();
+        move |source| StoreError::Index { path, source }
+    }
+}
+
+fn rows_path(folder: &Path) -> PathBuf {
+    folder.join("rows")
+}
+
+/// The rows there were at the last count; 0 where nobody counted.
+fn read_rows(fs: &dyn Fs, folder: &Path) -> usize {
+    let bytes = fs::read(fs, &rows_path(folder), 32).unwrap_or_default();
+    std::str::from_utf8(&bytes).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}

@@ -1,0 +1,437 @@
+//! The store of one home: blobs by digest, names that point to them, and what may be deleted.
+//!
+//! **Owns** everything below `$V4_HOME` and every file-system call of the left column ([`fs::Fs`]).
+//! `blobs/` and `manifests/` are byte for byte the tree that Ollama keeps. Every change is in the
+//! order data, sync, rename, sync of the folder, then the manifest the same way, then the index:
+//! whenever the process or the machine stops, each name points to whole blobs.
+//!
+//! **Never** talks to a network, reads a weight file's inside, or is async: callers on an async
+//! runtime hand its calls to the blocking pool. Nothing in the index is the only copy.
+//!
+//! **Start reading at** [`Store`], then [`blob::Partial`].
+
+#![forbid(unsafe_code)]
+
+pub mod blob;
+mod error;
+pub mod fs;
+mod gc;
+mod index;
+mod lease;
+pub mod limits;
+pub mod manifest;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
+
+pub use blob::{Partial, Staged, sha256};
+pub use error::{ManifestError, StoreError};
+pub use index::Opened;
+pub use lease::Lease;
+pub use manifest::{Entry, Layer, Manifest, Record, Role};
+use v4_proto::{Digest, Inspection, ModelName};
+
+use crate::{
+    blob::Place,
+    fs::{Fs, Lock, RealFs},
+    index::Index,
+};
+
+/// Start of the names of files that are being put; whatever bears it at start is left over.
+const STAGING: &str = "put-";
+
+/// The store of one home. Blocking; share it as `Arc<Store>`.
+#[derive(Debug)]
+pub struct Store {
+    home: PathBuf,
+    fs: Arc<dyn Fs>,
+    index: Index,
+    index_opened: Opened,
+    claims: lease::Shared,
+    /// Held while a name or the set of blobs changes.
+    change: Mutex<()>,
+    next_staging: AtomicU64,
+    _lock: Lock,
+}
+
+impl Store {
+    /// Opens the store of a home, making the tree where there is none.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when another daemon has this home; otherwise what the disk says.
+    pub fn open(home: &Path) -> Result<Self, StoreError> {
+        fs::bind_dir(home).map_err(StoreError::io("make", home))?;
+        Self::open_with(home, Arc::new(RealFs))
+    }
+
+    /// [`Store::open`] on another file system, for tests. The index is on the real one in any
+    /// case.
+    ///
+    /// # Errors
+    /// As for [`Store::open`].
+    pub fn open_with(home: &Path, fs: Arc<dyn Fs>) -> Result<Self, StoreError> {
+        fs.create_dir(home).map_err(StoreError::io("make", home))?;
+        let lock = fs.lock(&home.join("lock")).map_err(StoreError::io("lock", home))?;
+        let lock = lock.ok_or_else(|| StoreError::Locked { home: home.to_path_buf() })?;
+        for name in ["blobs", "partial", "manifests", "index"] {
+            let path = home.join(name);
+            fs.create_dir(&path).map_err(StoreError::io("make", &path))?;
+        }
+        fs.sync_dir(home).map_err(StoreError::io("sync", home))?;
+        let (index, index_opened) = Index::open(&fs, &home.join("index"))?;
+        let store = Self {
+            home: home.to_path_buf(),
+            fs,
+            index,
+            index_opened,
+            claims: lease::Shared::default(),
+            change: Mutex::new(()),
+            next_staging: AtomicU64::new(0),
+            _lock: lock,
+        };
+        store.sweep_partials()?;
+        store.collect_orphans()?;
+        Ok(store)
+    }
+
+    /// The home.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
+    /// How the index came up, for the log.
+    pub fn index_opened(&self) -> Opened {
+        self.index_opened
+    }
+
+    /// All names, newest first. A manifest that cannot be read is left out here; [`Store::find`]
+    /// says what is wrong with it.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn names(&self) -> Result<Vec<Entry>, StoreError> {
+        let mut entries = Vec::new();
+        for name in self.manifest_names()? {
+            match self.read_record(&name) {
+                Ok(Some(Record { name, digest, manifest, modified })) => {
+                    let size_bytes = manifest.size_bytes();
+                    entries.push(Entry { name, digest, size_bytes, modified });
+                }
+                Ok(None) | Err(StoreError::Manifest { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        entries.sort_by(|a, b| b.modified.cmp(&a.modified).then_with(|| a.name.cmp(&b.name)));
+        Ok(entries)
+    }
+
+    /// What a name points to. Letter case does not count.
+    ///
+    /// # Errors
+    /// [`StoreError::Manifest`] when it is there but cannot be read; [`StoreError::Io`].
+    pub fn find(&self, name: &ModelName) -> Result<Option<Record>, StoreError> {
+        match self.stored_name(name)? {
+            Some(name) => self.read_record(&name),
+            None => Ok(None),
+        }
+    }
+
+    /// Makes a name point to a manifest, in one step: a reader sees the old one or the new one.
+    /// Blobs that only the old one named are collected. Returns the manifest's digest.
+    ///
+    /// # Errors
+    /// [`StoreError::Manifest`] when the bytes are none; [`StoreError::Missing`] when a blob it
+    /// names is not here; [`StoreError::DiskFull`] or [`StoreError::Io`], with the old one in
+    /// place.
+    pub fn put_manifest(&self, name: &ModelName, bytes: &[u8]) -> Result<Digest, StoreError> {
+        let manifest = Manifest::parse(bytes)
+            .map_err(|source| StoreError::Manifest { name: Box::new(name.clone()), source })?;
+        let _change = self.lock_changes();
+        for layer in manifest.blobs() {
+            if self.blob(&layer.digest)? != Some(layer.size) {
+                return Err(StoreError::Missing(layer.digest));
+            }
+        }
+        let name = self.stored_name(name)?.unwrap_or_else(|| name.clone());
+        let before = match self.read_record(&name) {
+            Ok(record) => record.map(|record| record.manifest.digests()).unwrap_or_default(),
+            Err(StoreError::Manifest { .. }) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        self.create_manifest_dirs(&name)?;
+        blob::put_file(
+            self.fs.as_ref(),
+            &self.staging_path(),
+            &self.manifest_path(&name),
+            bytes,
+            0o644,
+        )?;
+        self.collect(&before)?;
+        Ok(sha256(bytes))
+    }
+
+    /// Removes a name, and the blobs that no other name needs and nobody has leased. Returns
+    /// whether there was one.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn remove(&self, name: &ModelName) -> Result<bool, StoreError> {
+        let _change = self.lock_changes();
+        let Some(name) = self.stored_name(name)? else { return Ok(false) };
+        let before = match self.read_record(&name) {
+            Ok(record) => record.map(|record| record.manifest.digests()).unwrap_or_default(),
+            Err(StoreError::Manifest { .. }) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let path = self.manifest_path(&name);
+        self.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        // The name must be gone for good before its blobs go.
+        for folder in path.ancestors().skip(1).take(4) {
+            self.fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
+            let is_root = folder == self.home.join("manifests");
+            if is_root
+                || !self.fs.remove_empty_dir(folder).map_err(StoreError::io("remove", folder))?
+            {
+                break;
+            }
+        }
+        self.index.remove_name(&name)?;
+        self.collect(&before)?;
+        Ok(true)
+    }
+
+    /// The size of a blob, or `None` where it is not here.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn blob(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
+        let path = self.blob_path(digest);
+        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        Ok(meta.filter(|meta| !meta.is_dir).map(|meta| meta.len))
+    }
+
+    /// Where a blob lies, if it is here.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.home.join("blobs").join(blob::blob_name(digest))
+    }
+
+    /// The bytes of a small blob, checked against the digest.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`], [`StoreError::Digest`] when it changed on disk, or
+    /// [`StoreError::Io`], also beyond `max_bytes`.
+    pub fn read_blob(&self, digest: &Digest, max_bytes: usize) -> Result<Vec<u8>, StoreError> {
+        if self.blob(digest)?.is_none() {
+            return Err(StoreError::Missing(*digest));
+        }
+        blob::read_checked(self.fs.as_ref(), &self.blob_path(digest), digest, max_bytes)
+    }
+
+    /// Stores a small blob.
+    ///
+    /// # Errors
+    /// [`StoreError::DiskFull`] or [`StoreError::Io`].
+    pub fn put_blob(&self, bytes: &[u8]) -> Result<Digest, StoreError> {
+        let digest = sha256(bytes);
+        if self.blob(&digest)? != Some(bytes.len() as u64) {
+            blob::put_file(
+                self.fs.as_ref(),
+                &self.staging_path(),
+                &self.blob_path(&digest),
+                bytes,
+                blob::BLOB_MODE,
+            )?;
+        }
+        Ok(digest)
+    }
+
+    /// Hashes a blob again.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`]; [`StoreError::Digest`] when it changed on disk; [`StoreError::Io`].
+    pub fn verify(&self, digest: &Digest) -> Result<(), StoreError> {
+        if self.blob(digest)?.is_none() {
+            return Err(StoreError::Missing(*digest));
+        }
+        let path = self.blob_path(digest);
+        let mut file = self.fs.open_read(&path).map_err(StoreError::io("open", &path))?;
+        let actual = blob::hash_file(file.as_mut(), &path)?;
+        if actual == *digest {
+            Ok(())
+        } else {
+            Err(StoreError::Digest { expected: *digest, actual })
+        }
+    }
+
+    /// Protects blobs, here or yet to come, until the lease is dropped.
+    pub fn lease(&self, digests: &[Digest]) -> Lease {
+        self.claims.lease(digests)
+    }
+
+    /// Opens a partial: a new one, or one that was begun under this key and is hashed again. `size`
+    /// is how many bytes it may have.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] when somebody writes it; [`StoreError::Key`]; [`StoreError::DiskFull`]
+    /// or [`StoreError::Io`].
+    pub fn partial(&self, key: &str, size: Option<u64>) -> Result<Partial, StoreError> {
+        let (place, claim) = self.claim(key)?;
+        Partial::open(place, size, claim)
+    }
+
+    /// Removes the partial of a key without opening it. Returns whether it is gone: one that
+    /// somebody writes or reads stays.
+    ///
+    /// # Errors
+    /// [`StoreError::Key`] or [`StoreError::Io`].
+    pub fn discard(&self, key: &str) -> Result<bool, StoreError> {
+        match self.claim(key) {
+            Ok((place, _claim)) => place.discard().map(|()| true),
+            Err(StoreError::Busy(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What a header said when it was last read, if that is still known.
+    pub fn inspection(&self, digest: &Digest) -> Option<Inspection> {
+        self.index.inspection(digest)
+    }
+
+    /// Keeps what a header says.
+    ///
+    /// # Errors
+    /// [`StoreError::Index`], [`StoreError::DiskFull`] or [`StoreError::Io`]; the store is whole
+    /// without it.
+    pub fn put_inspection(&self, digest: &Digest, value: &Inspection) -> Result<(), StoreError> {
+        self.index.put_inspection(digest, value)
+    }
+
+    /// When a name was last used, if that is known.
+    pub fn last_use(&self, name: &ModelName) -> Option<SystemTime> {
+        self.index.last_use(name)
+    }
+
+    /// Notes that a name is used now.
+    ///
+    /// # Errors
+    /// As for [`Store::put_inspection`].
+    pub fn touch(&self, name: &ModelName) -> Result<(), StoreError> {
+        self.index.touch(name, SystemTime::now())
+    }
+
+    /// Where the partial of a key lies, and the right to change it.
+    fn claim(&self, key: &str) -> Result<(Place, lease::Claim), StoreError> {
+        let is_valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if key.is_empty()
+            || key.len() > limits::KEY_CHARS
+            || key.starts_with(STAGING)
+            || !key.chars().all(is_valid)
+        {
+            return Err(StoreError::Key(key.chars().take(80).collect()));
+        }
+        let claim = self.claims.claim(key).ok_or_else(|| StoreError::Busy(key.to_owned()))?;
+        let folder = self.home.join("partial");
+        let place = Place {
+            fs: Arc::clone(&self.fs),
+            data: folder.join(key),
+            journal: folder.join(format!("{key}{}", blob::JOURNAL_ENDING)),
+            blobs: self.home.join("blobs"),
+        };
+        Ok((place, claim))
+    }
+
+    fn lock_changes(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.change.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn manifest_path(&self, name: &ModelName) -> PathBuf {
+        self.home.join("manifests").join(name.path().join("/"))
+    }
+
+    /// A file name of its own for bytes that are being put. The lock on the home makes a counter
+    /// enough.
+    fn staging_path(&self) -> PathBuf {
+        let n = self.next_staging.fetch_add(1, Ordering::Relaxed);
+        self.home.join("partial").join(format!("{STAGING}{n}"))
+    }
+
+    /// Makes the folders above a manifest; each new one is on the disk before it is used.
+    fn create_manifest_dirs(&self, name: &ModelName) -> Result<(), StoreError> {
+        let mut folder = self.home.join("manifests");
+        for part in &name.path()[..3] {
+            let above = folder.clone();
+            folder.push(part);
+            if self.fs.create_dir(&folder).map_err(StoreError::io("make", &folder))? {
+                self.fs.sync_dir(&above).map_err(StoreError::io("sync", &above))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The name as it is stored, which may differ in letter case.
+    fn stored_name(&self, name: &ModelName) -> Result<Option<ModelName>, StoreError> {
+        let path = self.manifest_path(name);
+        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        if meta.is_some_and(|meta| !meta.is_dir) {
+            return Ok(Some(name.clone()));
+        }
+        Ok(self.manifest_names()?.into_iter().find(|stored| stored.matches(name)))
+    }
+
+    /// The names of all files in the manifests tree.
+    fn manifest_names(&self) -> Result<Vec<ModelName>, StoreError> {
+        let mut paths = vec![Vec::new()];
+        for _ in 0..4 {
+            let mut below = Vec::new();
+            for parts in paths {
+                let folder = self.home.join("manifests").join(parts.join("/"));
+                for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
+                    below.push([parts.as_slice(), &[name]].concat());
+                }
+            }
+            paths = below;
+        }
+        let parse = |parts: Vec<String>| {
+            let [host, namespace, model, tag] = parts.as_slice() else { return None };
+            ModelName::from_path([host, namespace, model, tag]).ok()
+        };
+        Ok(paths.into_iter().filter_map(parse).collect())
+    }
+
+    fn read_record(&self, name: &ModelName) -> Result<Option<Record>, StoreError> {
+        let path = self.manifest_path(name);
+        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        let Some(meta) = meta.filter(|meta| !meta.is_dir) else { return Ok(None) };
+        let failed = |source| StoreError::Manifest { name: Box::new(name.clone()), source };
+        if meta.len > limits::MANIFEST_BYTES as u64 {
+            return Err(failed(ManifestError::TooLong));
+        }
+        let bytes = fs::read(self.fs.as_ref(), &path, limits::MANIFEST_BYTES)
+            .map_err(StoreError::io("read", &path))?;
+        let manifest = Manifest::parse(&bytes).map_err(failed)?;
+        let (name, modified) = (name.clone(), meta.modified);
+        Ok(Some(Record { name, digest: sha256(&bytes), manifest, modified }))
+    }
+
+    /// Removes what a killed process left half put, and journals without data.
+    fn sweep_partials(&self) -> Result<(), StoreError> {
+        let folder = self.home.join("partial");
+        let names = self.fs.list(&folder).map_err(StoreError::io("list", &folder))?;
+        let is_left_over = |name: &String| {
+            let data = name.strip_suffix(blob::JOURNAL_ENDING);
+            let has_data = |data: &str| names.iter().any(|other| other == data);
+            name.starts_with(STAGING) || data.is_some_and(|data| !has_data(data))
+        };
+        for name in names.iter().filter(|name| is_left_over(name)) {
+            let path = folder.join(name);
+            self.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        }
+        Ok(())
+    }
+}

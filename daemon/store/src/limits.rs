@@ -1,0 +1,26 @@
+//! Bounds of the store, each with its unit and reason.
+
+use std::time::Duration;
+
+/// Bytes between two synced points of a partial: what a kill can cost. A sync of this much takes a
+/// disk some 50 ms, so a fast download does not wait for it.
+pub const CHECKPOINT_BYTES: u64 = 8 << 20;
+/// Bytes read or hashed at a time.
+pub const CHUNK_BYTES: usize = 1 << 20;
+/// Bytes of a manifest. One that lists every tensor of a large model as a layer has some 2 MB.
+pub const MANIFEST_BYTES: usize = 8 << 20;
+/// Bytes of a partial's journal: 86 for every [`CHECKPOINT_BYTES`], so this is enough for 1.5 TB.
+pub const JOURNAL_BYTES: usize = 16 << 20;
+/// Bytes of a cached inspection; a header of 100,000 tensors makes some 10 MB.
+pub const INSPECTION_BYTES: usize = 32 << 20;
+/// Characters of a partial's key; it is a file name.
+pub const KEY_CHARS: usize = 200;
+/// Blobs that no manifest names are kept this long, so that a pull that was killed before its last
+/// step need not fetch them again.
+pub const ORPHAN_AGE: Duration = Duration::from_hours(7 * 24);
+/// Bytes of memory that the index may use as a cache. It holds little and is read rarely.
+pub const INDEX_CACHE_BYTES: u64 = 1 << 20;
+/// How long sled's own lock is waited for after the last user of the index in this process left.
+pub const INDEX_LOCK_WAIT: Duration = Duration::from_secs(2);
+/// Between two looks at that lock.
+pub const INDEX_LOCK_STEP: Duration = Duration::from_millis(5);

@@ -1,0 +1,233 @@
+//! A name's record: which blobs play which role. The bytes are an OCI manifest as Ollama writes it;
+//! they are kept as they came, so a model has the same identity everywhere.
+
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use v4_proto::{Digest, ModelName};
+
+use crate::{error::ManifestError, limits};
+
+/// The media type of the manifest itself.
+pub const MANIFEST_TYPE: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// The media type of the config blob.
+pub const CONFIG_TYPE: &str = "application/vnd.docker.container.image.v1+json";
+/// What the media types of all roles begin with.
+const ROLE_PREFIX: &str = "application/vnd.ollama.image.";
+
+/// What a blob is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Weights.
+    Model,
+    /// A chat template that replaces the file's own.
+    Template,
+    /// The default system message.
+    System,
+    /// Default parameters, a JSON object.
+    Params,
+    /// The text of a licence.
+    License,
+    /// The turns that every conversation starts with, a JSON list.
+    Messages,
+    /// A low-rank adapter.
+    Adapter,
+    /// An image encoder.
+    Projector,
+    /// Something this version does not know; kept.
+    Other,
+}
+
+impl Role {
+    /// Roles and the words that end their media types, the one to write first.
+    const WORDS: [(Role, &'static str); 9] = [
+        (Role::Model, "model"),
+        (Role::Template, "template"),
+        (Role::Template, "prompt"),
+        (Role::System, "system"),
+        (Role::Params, "params"),
+        (Role::License, "license"),
+        (Role::Messages, "messages"),
+        (Role::Adapter, "adapter"),
+        (Role::Projector, "projector"),
+    ];
+
+    /// The role that a media type says.
+    pub fn from_media_type(media_type: &str) -> Self {
+        let Some(word) = media_type.strip_prefix(ROLE_PREFIX) else { return Self::Other };
+        let word = word.split(';').next().unwrap_or_default().trim_end();
+        Self::WORDS.iter().find(|entry| entry.1 == word).map_or(Self::Other, |entry| entry.0)
+    }
+
+    /// The media type to write for this role.
+    pub fn media_type(self) -> String {
+        let word =
+            Self::WORDS.iter().find(|entry| entry.0 == self).map_or("other", |entry| entry.1);
+        format!("{ROLE_PREFIX}{word}")
+    }
+}
+
+/// One blob of a manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Layer {
+    /// What it is, as the manifest says.
+    pub media_type: String,
+    /// Which blob.
+    pub digest: Digest,
+    /// Bytes.
+    pub size: u64,
+    /// Whatever else the manifest says of it.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Layer {
+    /// A layer of a media type.
+    pub fn new(media_type: impl Into<String>, digest: Digest, size: u64) -> Self {
+        Self { media_type: media_type.into(), digest, size, extra: Map::new() }
+    }
+
+    /// What it is for.
+    pub fn role(&self) -> Role {
+        Role::from_media_type(&self.media_type)
+    }
+}
+
+/// A manifest, read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    schema_version: u32,
+    #[serde(default)]
+    media_type: String,
+    /// The config blob: facts of the model as JSON.
+    pub config: Layer,
+    /// The blobs.
+    #[serde(default)]
+    pub layers: Vec<Layer>,
+    /// Whatever else the manifest says.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Manifest {
+    /// A new manifest.
+    pub fn new(config: Layer, layers: Vec<Layer>) -> Self {
+        Self {
+            schema_version: 2,
+            media_type: MANIFEST_TYPE.to_owned(),
+            config,
+            layers,
+            extra: Map::new(),
+        }
+    }
+
+    /// Reads a manifest's bytes.
+    ///
+    /// # Errors
+    /// [`ManifestError`] when they are too many or not a manifest.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() > limits::MANIFEST_BYTES {
+            return Err(ManifestError::TooLong);
+        }
+        let manifest: Self = serde_json::from_slice(bytes)?;
+        let sum = manifest.blobs().try_fold(0_u64, |sum, blob| sum.checked_add(blob.size));
+        sum.map(|_| manifest).ok_or(ManifestError::Sizes)
+    }
+
+    /// The bytes of a manifest that was made here. One that came from elsewhere is stored as it
+    /// came.
+    ///
+    /// # Panics
+    /// Never: a manifest is always JSON.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a manifest has string keys only, so it is always JSON")
+    }
+
+    /// All blobs, the config first.
+    pub fn blobs(&self) -> impl Iterator<Item = &Layer> {
+        std::iter::once(&self.config).chain(&self.layers)
+    }
+
+    /// The digests of all blobs: what a lease must hold.
+    pub fn digests(&self) -> Vec<Digest> {
+        self.blobs().map(|blob| blob.digest).collect()
+    }
+
+    /// The layers of a role, in order.
+    pub fn role(&self, role: Role) -> impl Iterator<Item = &Layer> {
+        self.layers.iter().filter(move |layer| layer.role() == role)
+    }
+
+    /// Bytes of all blobs.
+    pub fn size_bytes(&self) -> u64 {
+        self.blobs().fold(0, |sum, blob| sum.saturating_add(blob.size))
+    }
+}
+
+/// A name that is in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The name as it is stored.
+    pub name: ModelName,
+    /// The digest of the manifest's bytes: the model's identity.
+    pub digest: Digest,
+    /// Bytes of all its blobs.
+    pub size_bytes: u64,
+    /// When the name was last made to point here.
+    pub modified: SystemTime,
+}
+
+/// A name with its manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// The name as it is stored.
+    pub name: ModelName,
+    /// The digest of the manifest's bytes: the model's identity.
+    pub digest: Digest,
+    /// What it points to.
+    pub manifest: Manifest,
+    /// When the name was last made to point here.
+    pub modified: SystemTime,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A manifest as Ollama's registry serves it, with fields this version does not know.
+    const FOREIGN: &str = r#"{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{"mediaType":"application/vnd.docker.container.image.v1+json","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000001","size":488},"layers":[{"mediaType":"application/vnd.ollama.image.model","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000002","size":91727296,"from":"elsewhere"},{"mediaType":"application/vnd.ollama.image.prompt","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000003","size":7},{"mediaType":"application/x.new","digest":"sha256:0000000000000000000000000000000000000000000000000000000000000004","size":1}],"annotations":{"a":"b"}}"#;
+
+    #[test]
+    fn a_foreign_manifest_keeps_every_byte() {
+        let manifest = Manifest::parse(FOREIGN.as_bytes()).unwrap();
+        assert_eq!(String::from_utf8(manifest.encode()).unwrap(), FOREIGN);
+        let roles: Vec<Role> = manifest.layers.iter().map(Layer::role).collect();
+        assert_eq!(roles, [Role::Model, Role::Template, Role::Other]);
+        assert_eq!(manifest.size_bytes(), 488 + 91_727_296 + 7 + 1);
+        assert_eq!(manifest.role(Role::Model).count(), 1);
+    }
+
+    #[test]
+    fn roles_and_media_types_agree() {
+        for (role, word) in Role::WORDS {
+            assert_eq!(Role::from_media_type(&format!("{ROLE_PREFIX}{word}")), role);
+            assert_eq!(Role::from_media_type(&role.media_type()), role);
+        }
+        assert_eq!(Role::from_media_type("text/plain"), Role::Other);
+    }
+
+    #[test]
+    fn hostile_manifests_are_refused() {
+        let huge = format!("{{\"x\":\"{}\"}}", "a".repeat(limits::MANIFEST_BYTES));
+        let deep = "[".repeat(100_000);
+        let sizes = FOREIGN.replace("\"size\":7", &format!("\"size\":{}", u64::MAX));
+        let path = FOREIGN.replace("sha256:00", "sha256:../../");
+        let negative = FOREIGN.replace("\"size\":7", "\"size\":-7");
+        for text in ["", "{}", "null", &huge, &deep, &sizes, &path, &negative, &FOREIGN[..200]] {
+            assert!(Manifest::parse(text.as_bytes()).is_err());
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! What the store does when nothing crashes.
+
+use std::{
+    io::{Read as _, Write as _},
+    path::Path,
+    sync::Arc,
+};
+
+use tempfile::TempDir;
+use v4_proto::Code;
+use v4_store::{
+    Layer, Manifest, Role, Store, StoreError,
+    fs::{self, Fs as _, RealFs},
+    manifest::CONFIG_TYPE,
+    sha256,
+};
+
+use crate::{
+    fault_fs::{Fault, FaultFs},
+    story::name,
+};
+
+fn home() -> (TempDir, Store) {
+    let folder = TempDir::new().unwrap();
+    let store = Store::open(&folder.path().join("home")).unwrap();
+    (folder, store)
+}
+
+/// Puts a name over these blobs.
+fn put(store: &Store, model: &str, blobs: &[&[u8]]) {
+    let layer = |bytes: &&[u8]| {
+        let digest = store.put_blob(bytes).unwrap();
+        Layer::new(Role::Model.media_type(), digest, bytes.len() as u64)
+    };
+    let config = Layer::new(CONFIG_TYPE, store.put_blob(b"{}").unwrap(), 2);
+    let manifest = Manifest::new(config, blobs.iter().map(layer).collect());
+    store.put_manifest(&name(model), &manifest.encode()).unwrap();
+}
+
+fn overwrite(path: &Path, bytes: &[u8]) {
+    RealFs.set_mode(path, 0o600).unwrap();
+    let mut file = RealFs.open(path).unwrap();
+    file.set_len(0).unwrap();
+    file.write_all(bytes).unwrap();
+}
+
+#[test]
+fn names_are_found_in_any_letter_case_and_listed_newest_first() {
+    let (_folder, store) = home();
+    put(&store, "Alpha:Q4", &[b"one"]);
+    put(&store, "beta", &[b"two"]);
+    put(&store, "alpha:q4", &[b"three"]);
+    let names: Vec<String> =
+        store.names().unwrap().iter().map(|entry| entry.name.to_string()).collect();
+    assert_eq!(names, ["Alpha:Q4", "beta:latest"]);
+    let record = store.find(&name("ALPHA:q4")).unwrap().unwrap();
+    assert_eq!(record.manifest.layers[0].digest, sha256(b"three"));
+    assert_eq!(store.names().unwrap()[0].digest, record.digest);
+    assert_eq!(store.names().unwrap()[0].size_bytes, 5 + 2);
+    assert_eq!(store.find(&name("gamma")).unwrap(), None);
+}
+
+#[test]
+fn blobs_go_with_the_last_name_that_needs_them() {
+    let (_folder, store) = home();
+    put(&store, "a", &[b"shared", b"only a"]);
+    put(&store, "b", &[b"shared"]);
+    assert!(store.remove(&name("A")).unwrap());
+    assert!(!store.remove(&name("a")).unwrap());
+    assert_eq!(store.blob(&sha256(b"only a")).unwrap(), None);
+    assert_eq!(store.blob(&sha256(b"shared")).unwrap(), Some(6));
+    put(&store, "b", &[b"new"]);
+    assert_eq!(store.blob(&sha256(b"shared")).unwrap(), None);
+    assert!(store.remove(&name("b")).unwrap());
+    assert_eq!(RealFs.list(&store.home().join("blobs")).unwrap(), Vec::<String>::new());
+    assert_eq!(RealFs.list(&store.home().join("manifests")).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_lease_keeps_what_is_removed_until_it_ends() {
+    let (_folder, store) = home();
+    put(&store, "a", &[b"used"]);
+    let lease = store.lease(&[sha256(b"used")]);
+    assert!(store.remove(&name("a")).unwrap());
+    assert_eq!(store.blob(&sha256(b"used")).unwrap(), Some(4));
+    drop(lease);
+    // Collected with the next change.
+    put(&store, "b", &[b"other"]);
+    assert_eq!(store.blob(&sha256(b"used")).unwrap(), None);
+}
+
+#[test]
+fn a_manifest_that_cannot_be_read_protects_all_blobs() {
+    let (_folder, store) = home();
+    put(&store, "a", &[b"one"]);
+    put(&store, "b", &[b"two"]);
+    let path = store.home().join("manifests/registry.ollama.ai/library/b/latest");
+    overwrite(&path, b"{\"torn");
+    let error = store.find(&name("b")).unwrap_err();
+    assert_eq!(error.fault().code, Code::Corrupt);
+    assert_eq!(store.names().unwrap().len(), 1);
+    assert!(store.remove(&name("a")).unwrap());
+    assert_eq!(store.blob(&sha256(b"one")).unwrap(), Some(3));
+    // A new one takes its place.
+    put(&store, "b", &[b"two"]);
+    assert!(store.find(&name("b")).unwrap().is_some());
+}
+
+#[test]
+fn a_manifest_must_name_blobs_that_are_here() {
+    let (_folder, store) = home();
+    let config = Layer::new(CONFIG_TYPE, store.put_blob(b"{}").unwrap(), 2);
+    let absent = Layer::new(Role::Model.media_type(), sha256(b"absent"), 6);
+    let wrong = Layer::new(Role::Model.media_type(), store.put_blob(b"short").unwrap(), 6);
+    for layer in [absent, wrong] {
+        let manifest = Manifest::new(config.clone(), vec![layer.clone()]);
+        let error = store.put_manifest(&name("a"), &manifest.encode()).unwrap_err();
+        assert!(matches!(error, StoreError::Missing(digest) if digest == layer.digest), "{error}");
+    }
+    assert!(store.put_manifest(&name("a"), b"nonsense").is_err());
+    assert_eq!(store.names().unwrap(), []);
+}
+
+#[test]
+fn a_second_store_on_one_home_is_refused() {
+    let (folder, store) = home();
+    let home = folder.path().join("home");
+    let error = Store::open(&home).unwrap_err();
+    assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+    assert!(error.to_string().contains(home.to_str().unwrap()), "{error}");
+    assert!(error.to_string().contains("another v4 serve"), "{error}");
+    drop(store);
+    Store::open(&home).unwrap();
+}
+
+#[test]
+fn a_blob_that_changed_on_disk_is_noticed() {
+    let (_folder, store) = home();
+    let digest = store.put_blob(b"as it was").unwrap();
+    store.verify(&digest).unwrap();
+    let path = store.blob_path(&digest);
+    overwrite(&path, b"as it is!");
+    let actual = sha256(b"as it is!");
+    for error in [store.verify(&digest).unwrap_err(), store.read_blob(&digest, 100).unwrap_err()] {
+        assert_eq!(error.fault().code, Code::Corrupt);
+        let text = error.to_string();
+        assert!(text.contains(&digest.hex()) && text.contains(&actual.hex()), "{text}");
+    }
+    assert_eq!(store.verify(&actual).unwrap_err().fault().code, Code::Corrupt);
+    // One that was cut is put again.
+    overwrite(&path, b"as");
+    store.put_blob(b"as it was").unwrap();
+    store.verify(&digest).unwrap();
+    assert!(store.read_blob(&digest, 3).is_err());
+}
+
+#[test]
+fn a_partial_is_hashed_checked_and_read_only() {
+    let (_folder, store) = home();
+    let bytes = b"some weights";
+    let mut partial = store.partial("key", Some(12)).unwrap();
+    assert!(matches!(store.partial("key", None), Err(StoreError::Busy(_))));
+    partial.write(&bytes[..5]).unwrap();
+    assert!(matches!(partial.write(b"too much for it"), Err(StoreError::Length { .. })));
+    partial.write(&bytes[5..]).unwrap();
+    assert_eq!(partial.digest(), sha256(bytes));
+    partial.commit(&sha256(bytes), 12).unwrap();
+    let path = store.blob_path(&sha256(bytes));
+    let mode = std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o444);
+    for folder in ["", "blobs", "partial", "manifests", "index"] {
+        let meta = store.home().join(folder).metadata().unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::mode(&meta.permissions());
+        assert_eq!(mode & 0o777, 0o700, "{folder}");
+    }
+    assert_eq!(RealFs.list(&store.home().join("partial")).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn wrong_bytes_never_become_a_blob() {
+    let (_folder, store) = home();
+    for (bytes, size) in [(&b"wrong bytes!"[..], 12), (b"too short", 12)] {
+        let mut partial = store.partial("key", Some(12)).unwrap();
+        assert_eq!(partial.offset(), 0, "the last one was kept");
+        partial.write(bytes).unwrap();
+        let error = partial.commit(&sha256(b"some weights"), size).unwrap_err();
+        assert_eq!(error.fault().code, Code::Corrupt);
+    }
+    assert_eq!(RealFs.list(&store.home().join("blobs")).unwrap(), Vec::<String>::new());
+    assert_eq!(RealFs.list(&store.home().join("partial")).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_resume_keeps_what_the_journal_vouches_for() {
+    let (folder, store) = home();
+    let home = folder.path().join("home");
+    let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+    let mut partial = store.partial("key", None).unwrap();
+    for chunk in bytes[..300_000].chunks(100_000) {
+        partial.write(chunk).unwrap();
+        partial.sync().unwrap();
+    }
+    partial.write(&bytes[300_000..]).unwrap();
+    drop((partial, store));
+    let (data, journal) = (home.join("partial/key"), home.join("partial/key.journal"));
+    let resumed = || Store::open(&home).unwrap().partial("key", None).unwrap().offset();
+    assert_eq!(resumed(), 300_000, "what was not synced is not trusted");
+    let mut lines = Vec::new();
+    RealFs.open_read(&journal).unwrap().read_to_end(&mut lines).unwrap();
+    assert_eq!(lines.len(), 3 * 86);
+    // A torn line, and one that is no line.
+    overwrite(&journal, &lines[..2 * 86 + 50]);
+    assert_eq!(resumed(), 200_000);
+    // A page that was lost in the middle.
+    let mut damaged = bytes[..200_000].to_vec();
+    damaged[150_000..154_096].fill(0);
+    overwrite(&data, &damaged);
+    assert_eq!(resumed(), 100_000);
+    // Shorter than the journal says; then nothing at all; then a journal full of noise.
+    overwrite(&data, &bytes[..50_000]);
+    assert_eq!(resumed(), 0);
+    overwrite(&data, &bytes[..100_000]);
+    overwrite(&journal, &[0xff; 1000]);
+    assert_eq!(resumed(), 0);
+    // Longer than it may be.
+    overwrite(&data, &bytes[..300_000]);
+    overwrite(&journal, &lines);
+    assert_eq!(Store::open(&home).unwrap().partial("key", Some(200_000)).unwrap().offset(), 0);
+}
+
+#[test]
+fn a_partial_goes_on_across_restarts_to_the_right_blob() {
+    let folder = TempDir::new().unwrap();
+    let home = folder.path().join("home");
+    let bytes: Vec<u8> = (0..5_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    // 20 MB: two points are synced without being asked for.
+    let store = Store::open(&home).unwrap();
+    let mut partial = store.partial("key", Some(bytes.len() as u64)).unwrap();
+    for chunk in bytes[..19_000_000].chunks(64 << 10) {
+        partial.write(chunk).unwrap();
+    }
+    drop((partial, store));
+    let store = Store::open(&home).unwrap();
+    let mut partial = store.partial("key", Some(bytes.len() as u64)).unwrap();
+    let at = usize::try_from(partial.offset()).unwrap();
+    assert!(19_000_000 - at <= 8 << 20, "{at}");
+    partial.write(&bytes[at..]).unwrap();
+    partial.commit(&sha256(&bytes), bytes.len() as u64).unwrap();
+    store.verify(&sha256(&bytes)).unwrap();
+}
+
+#[test]
+fn a_staged_file_is_checked_and_can_be_read() {
+    let (_folder, store) = home();
+    let mut partial = store.partial("wheel", None).unwrap();
+    partial.write(b"an archive").unwrap();
+    let staged = partial.stage(&sha256(b"an archive"), 10).unwrap();
+    let mut text = String::new();
+    staged.open().unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "an archive");
+    assert!(matches!(store.partial("wheel", None), Err(StoreError::Busy(_))));
+    assert!(!store.discard("wheel").unwrap(), "it is in use");
+    drop(staged);
+    assert_eq!(store.partial("wheel", None).unwrap().offset(), 10);
+    let partial = store.partial("wheel", None).unwrap();
+    assert!(partial.stage(&sha256(b"another"), 10).is_err());
+    let mut partial = store.partial("wheel", None).unwrap();
+    assert_eq!(partial.offset(), 0);
+    partial.write(b"more").unwrap();
+    drop(partial);
+    assert!(store.discard("wheel").unwrap());
+    assert_eq!(RealFs.list(&store.home().join("partial")).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_key_is_a_file_name_and_nothing_else() {
+    let (_folder, store) = home();
+    let long = "a".repeat(201);
+    for key in ["", ".", "..", "../x", "a/b", "a b", "put-1", "a.journal", "ä", &long] {
+        assert!(matches!(store.partial(key, None), Err(StoreError::Key(_))), "{key}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_said_and_nothing_is_lost() {
+    let folder = TempDir::new().unwrap();
+    let home = folder.path().join("home");
+    let fs = FaultFs::new(Fault::DiskFull, u64::MAX);
+    let store = Store::open_with(&home, Arc::new(fs.clone())).unwrap();
+    put(&store, "a", &[b"here"]);
+    let mut partial = store.partial("key", Some(100)).unwrap();
+    partial.write(&[1; 50]).unwrap();
+    partial.sync().unwrap();
+    fs.fail_after(0);
+    let error = partial.write(&[2; 50]).unwrap_err();
+    assert_eq!(error.fault().code, Code::Disk);
+    assert!(error.to_string().contains("disk is full"), "{error}");
+    assert_eq!(store.put_blob(b"more").unwrap_err().fault().code, Code::Disk);
+    let manifest = store.find(&name("a")).unwrap().unwrap().manifest.encode();
+    assert!(store.put_manifest(&name("b"), &manifest).is_err());
+    fs.heal();
+    drop(partial);
+    assert_eq!(store.partial("key", Some(100)).unwrap().offset(), 50);
+    assert_eq!(store.names().unwrap().len(), 1);
+    store.verify(&sha256(b"here")).unwrap();
+}
+
+#[test]
+fn left_overs_are_swept_and_old_orphans_collected_at_start() {
+    let (folder, store) = home();
+    let home = folder.path().join("home");
+    put(&store, "a", &[b"named"]);
+    let [young, old] = [b"young", b"older"].map(|bytes| store.put_blob(bytes).unwrap());
+    let paths = [&old, &sha256(b"named")].map(|digest| store.blob_path(digest));
+    drop(store);
+    for path in paths {
+        let eight_days_ago = std::time::SystemTime::now() - std::time::Duration::from_hours(8 * 24);
+        let file = std::fs::OpenOptions::new().read(true).open(path).unwrap();
+        file.set_modified(eight_days_ago).unwrap();
+    }
+    for left_over in ["put-7", "gone.journal"] {
+        RealFs.open(&home.join("partial").join(left_over)).unwrap();
+    }
+    let store = Store::open(&home).unwrap();
+    assert_eq!(RealFs.list(&home.join("partial")).unwrap(), Vec::<String>::new());
+    assert_eq!(store.blob(&young).unwrap(), Some(5));
+    assert_eq!(store.blob(&old).unwrap(), None);
+    assert_eq!(store.blob(&sha256(b"named")).unwrap(), Some(5));
+}
+
+#[test]
+fn what_an_ollama_store_also_holds_is_left_alone() {
+    let (_folder, store) = home();
+    put(&store, "a", &[b"x"]);
+    let blobs = store.home().join("blobs");
+    let foreign = [blobs.join("sha256-abc-partial"), blobs.join("sha256-abc-partial-0")];
+    let manifests = store.home().join("manifests");
+    let odd = [manifests.join(".DS_Store"), manifests.join("registry.ollama.ai/library/a/.tmp")];
+    for path in foreign.iter().chain(&odd) {
+        RealFs.open(path).unwrap();
+    }
+    assert_eq!(store.names().unwrap().len(), 1);
+    assert!(store.remove(&name("a")).unwrap());
+    assert!(foreign.iter().chain(&odd).all(|path| path.is_file()));
+}
+
+#[test]
+fn a_socket_is_removed_and_nothing_else() {
+    let folder = TempDir::new().unwrap();
+    let dir = folder.path().join("run/v4");
+    fs::bind_dir(&dir).unwrap();
+    let (socket, file) = (dir.join("socket"), dir.join("file"));
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    fs::set_private(&socket).unwrap();
+    fs::remove_socket(&socket).unwrap();
+    fs::remove_socket(&socket).unwrap();
+    assert!(!socket.exists());
+    fs::open_append(&file).unwrap().write_all(b"a").unwrap();
+    fs::open_append(&file).unwrap().write_all(b"b").unwrap();
+    assert!(fs::remove_socket(&file).is_err());
+    assert_eq!(fs::read(&RealFs, &file, 2).unwrap(), b"ab");
+    assert!(fs::read(&RealFs, &file, 1).is_err());
+}
