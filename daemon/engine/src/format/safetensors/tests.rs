@@ -1,0 +1,102 @@
+use super::*;
+use crate::format::written::Rng;
+
+fn file(header: &str, data: &[u8]) -> Vec<u8> {
+    let mut bytes = wide(header.len()).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(data);
+    bytes
+}
+
+fn parse(bytes: &[u8]) -> Result<Vec<Tensor>> {
+    read(&Bytes::from_vec(bytes.to_vec()))
+}
+
+const GOOD: &str = r#"{"__metadata__":{"format":"pt"},
+    "b":{"dtype":"BF16","shape":[2,2],"data_offsets":[4,12]},
+    "a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+
+#[test]
+fn a_file_is_read() {
+    let tensors = parse(&file(GOOD, &[7; 12])).expect("a good file");
+    let [a, b] = tensors.as_slice() else { panic!("two tensors") };
+    assert_eq!((a.name.as_str(), a.quant, a.bytes.len()), ("a", Quant::F32, 4));
+    assert_eq!((b.name.as_str(), b.quant, b.shape.as_slice()), ("b", Quant::BF16, &[2, 2][..]));
+}
+
+#[test]
+fn bad_files_are_refused() {
+    let of = |entry: &str| file(&format!("{{\"t\":{entry}}}"), &[0; 8]);
+    let truncated = [
+        file(GOOD, &[0; 11]),
+        of(r#"{"dtype":"F32","shape":[4],"data_offsets":[0,16]}"#),
+        100u64.to_le_bytes().to_vec(),
+    ];
+    for bytes in truncated {
+        assert!(matches!(parse(&bytes), Err(FormatError::Truncated { .. })));
+    }
+    let contradicting = [
+        file(GOOD, &[0; 13]),
+        of(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,8]}"#),
+        of(r#"{"dtype":"F32","shape":[1],"data_offsets":[8,4]}"#),
+        of(r#"{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}"#),
+        of(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}"#),
+        of(r#"{"dtype":"F32"}"#),
+        file(
+            r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},
+                "b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#,
+            &[0; 8],
+        ),
+    ];
+    for bytes in contradicting {
+        let error = parse(&bytes).expect_err("a bad file");
+        assert!(matches!(error, FormatError::Contradiction(_)), "{error:?}");
+    }
+    for bytes in [&b""[..], b"abc", &file("[]", b""), &file("{", b"")] {
+        assert!(matches!(parse(bytes), Err(FormatError::NotThis { .. })));
+    }
+    let huge = u64::MAX.to_le_bytes();
+    assert!(matches!(parse(&huge), Err(FormatError::BeyondLimit { .. })));
+    let unknown = of(r#"{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}"#);
+    assert!(parse(&unknown).expect_err("an unknown type").is_unsupported());
+}
+
+#[test]
+fn hostile_bytes_never_panic() {
+    let good = file(GOOD, &[7; 12]);
+    let mut rng = Rng(0xbeef);
+    for _ in 0..10_000 {
+        let mut bytes = good.clone();
+        for _ in 0..=rng.below(3) {
+            let at = rng.below(bytes.len());
+            bytes[at] = u8::try_from(rng.below(256)).expect("a byte");
+        }
+        if let Ok(tensors) = parse(&bytes) {
+            assert!(tensors.iter().all(|tensor| tensor.bytes.len() <= 12));
+        }
+    }
+}
+
+#[test]
+fn names_that_leave_the_folder_are_refused() {
+    for name in ["../x", "/etc/passwd", "a/b", "", ".", "..", "a\\b", "a\0b"] {
+        assert!(!is_plain(name), "{name:?}");
+    }
+    assert!(is_plain("model-00001-of-00002.safetensors"));
+}
+
+#[test]
+fn a_config_becomes_metadata() {
+    let json = serde_json::json!({
+        "model_type": "x", "n": 3, "neg": -3, "x": 0.5, "yes": true, "none": null,
+        "inner": { "deep": { "n": 1 } }, "mixed": [1, "a"], "floats": [1, 0.5], "empty": [],
+    });
+    let meta = config(&json).expect("an object");
+    assert_eq!(meta.str("model_type"), Some("x"));
+    assert_eq!((meta.u64("n"), meta.u64("neg"), meta.f64("neg")), (Some(3), None, Some(-3.0)));
+    assert_eq!(meta.u64("inner.deep.n"), Some(1));
+    assert_eq!(meta.f64s("floats").as_deref(), Some(&[1.0, 0.5][..]));
+    assert_eq!(meta.get("mixed"), Some(&Value::Array(Array::Nested)));
+    assert_eq!(meta.get("none"), None);
+    assert!(config(&serde_json::json!([])).is_err());
+}

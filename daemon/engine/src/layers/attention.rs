@@ -1,0 +1,94 @@
+//! Attention with grouped heads (Ainslie et al. 2023) over a KV cache in blocks.
+
+use v4_kernels::{Attention as Constants, Buffer, Device, KvCache, Rope, Span};
+
+use super::linear::Weight;
+use super::norm::Norm;
+use crate::Error;
+
+/// The attention of one layer.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    /// `[heads * head, embedding]`.
+    pub query: Weight,
+    /// `[kv heads * head, embedding]`.
+    pub key: Weight,
+    /// `[kv heads * head, embedding]`.
+    pub value: Weight,
+    /// `[embedding, heads * head]`.
+    pub output: Weight,
+    /// Of each head of the query, before it rotates.
+    pub query_norm: Option<Norm>,
+    /// Of each head of the key, before it rotates.
+    pub key_norm: Option<Norm>,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Heads, scale, window and cap.
+    pub constants: Constants,
+}
+
+/// Where the rows of a layer belong.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place<'a> {
+    /// A position a row.
+    pub positions: &'a [u32],
+    /// A slot of the cache a row.
+    pub slots: &'a [u32],
+    /// A span a sequence.
+    pub spans: &'a [Span<'a>],
+}
+
+/// Room for attention.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    /// `[rows, heads * head]`.
+    pub query: Buffer,
+    /// `[rows, kv heads * head]`.
+    pub key: Buffer,
+    /// `[rows, kv heads * head]`.
+    pub value: Buffer,
+    /// `[rows, heads * head]`: the result of [`Attention::mix`].
+    pub mixed: Buffer,
+}
+
+impl Attention {
+    /// Puts keys and values of `x` `[rows, embedding]` into the cache; the rotated query stays in
+    /// `scratch`.
+    pub fn project(
+        &self,
+        device: &mut dyn Device,
+        x: &Buffer,
+        (rope, place): (&Rope, Place<'_>),
+        scratch: &mut Scratch,
+    ) -> Result<(), Error> {
+        let rows = place.positions.len();
+        let Scratch { query, key, value, .. } = scratch;
+        let mut parts = [self.query.part(query), self.key.part(key), self.value.part(value)];
+        device.linear(x, rows, &mut parts)?;
+        let n_kv_heads = self.key.matrix.rows() / self.head_dim;
+        if let Some(norm) = &self.query_norm {
+            norm.apply_inplace(device, query, rows * self.constants.n_heads)?;
+        }
+        if let Some(norm) = &self.key_norm {
+            norm.apply_inplace(device, key, rows * n_kv_heads)?;
+        }
+        let heads = (self.constants.n_heads, self.head_dim);
+        device.rope(rope, query, heads, place.positions)?;
+        device.rope(rope, key, (n_kv_heads, self.head_dim), place.positions)?;
+        Ok(())
+    }
+
+    /// Stores what [`Attention::project`] made and mixes values into `scratch.mixed`.
+    pub fn mix(
+        &self,
+        device: &mut dyn Device,
+        (kv, layer): (&mut KvCache, usize),
+        place: Place<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(), Error> {
+        let Scratch { query, key, value, mixed } = scratch;
+        device.kv_store(kv, layer, key, value, place.slots)?;
+        device.attention(&self.constants, (kv, layer), query, place.spans, mixed)?;
+        Ok(())
+    }
+}

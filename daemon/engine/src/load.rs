@@ -1,0 +1,53 @@
+//! A model's files to an engine that answers.
+
+use std::sync::Arc;
+
+use v4_kernels::{Cpu, cpu::CpuOptions};
+use v4_proto::frame::{LoadOptions, Stage};
+use v4_proto::{ModelFiles, ModelInfo};
+
+use crate::Error;
+use crate::kv::blocks::{BLOCK_TOKENS, blocks_for};
+use crate::model::Model;
+use crate::prepare::Prepare;
+use crate::step::Engine;
+
+/// A loaded model.
+pub struct Loaded {
+    /// Turns requests into sequences; may be used from any thread.
+    pub prepare: Arc<Prepare>,
+    /// Works on them.
+    pub engine: Engine,
+    /// The model's figures.
+    pub info: ModelInfo,
+    /// Tokens of context a sequence gets.
+    pub context: u32,
+    /// Bytes that weights, the KV cache when it is full, and scratch take.
+    pub memory_bytes: u64,
+}
+
+/// Loads a model; `progress` hears how far it is: stage, bytes done, bytes in all.
+///
+/// # Errors
+/// [`Error`], saying what is wrong with the files or the wish.
+pub fn load(
+    files: &ModelFiles,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(Stage, u64, u64),
+) -> Result<Loaded, Error> {
+    if options.device != "cpu" {
+        return Err(Error::unsupported(format!("the device {:?}", options.device)));
+    }
+    let threads = options.threads as usize;
+    let cpu = Cpu::open(&CpuOptions { threads, isa: options.isa.clone() })?;
+    let model = Model::open(files, Box::new(cpu), progress)?;
+    let info = model.info().clone();
+    let context = options.context.min(info.context_length).max(1);
+    let prepare = Arc::new(Prepare::new(model.meta(), files.chat_template.as_deref(), context)?);
+    let n_blocks = options.slots.max(1) as usize * blocks_for(context as usize);
+    let memory_bytes = info.weight_bytes
+        + model.scratch_bytes()
+        + (n_blocks * BLOCK_TOKENS) as u64 * info.kv_bytes_per_token;
+    let engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
+    Ok(Loaded { prepare, engine, info, context, memory_bytes })
+}

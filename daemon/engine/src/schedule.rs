@@ -1,0 +1,263 @@
+//! What the next step works on: pure decisions over counts, so that they can be tested as tables.
+//!
+//! Sequences that write take one token each; what is left of the step's budget of tokens goes to
+//! prompts, in equal shares, so that a short prompt does not wait for a long one. When blocks run
+//! out, the newest sequences give theirs back and wait again.
+
+use std::time::Duration;
+
+use crate::kv::blocks::{BLOCK_TOKENS, blocks_for};
+
+/// A sequence, in counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Tokens in the KV cache.
+    pub cached: usize,
+    /// Known tokens that are not: 1 while it writes, more while its prompt is read. Never 0.
+    pub pending: usize,
+    /// Blocks it holds.
+    pub blocks: usize,
+}
+
+impl Load {
+    /// Blocks it still needs until `tokens` more are cached.
+    fn lacks(&self, tokens: usize) -> usize {
+        blocks_for(self.cached + tokens).saturating_sub(self.blocks)
+    }
+}
+
+/// What a step works on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// How many of the newest running sequences give their blocks back and wait again.
+    pub preempt: usize,
+    /// For each of the others, oldest first: how many of its pending tokens are run.
+    pub tokens: Vec<usize>,
+}
+
+/// How many of the `waiting` sequences, first come first, start now. One starts when there is a
+/// place and when its prompt fits beside what the `running` ones still have to read. `available`
+/// counts blocks that are free or can be made so.
+pub fn admit(slots: usize, running: &[Load], waiting: &[Load], available: usize) -> usize {
+    let promised: usize = running.iter().map(|load| load.lacks(load.pending)).sum();
+    let mut left = available.saturating_sub(promised);
+    let mut admitted = 0;
+    for load in waiting {
+        let needs = load.lacks(load.pending + 1);
+        // Alone on the device a sequence fits: its length was checked against the context.
+        let is_alone = running.is_empty() && admitted == 0;
+        if running.len() + admitted >= slots || (needs > left && !is_alone) {
+            break;
+        }
+        left = left.saturating_sub(needs);
+        admitted += 1;
+    }
+    admitted
+}
+
+/// The next step of the `running` sequences, oldest first, within `budget` tokens (above their
+/// number) and `available` blocks.
+pub fn next(budget: usize, running: &[Load], available: usize) -> Plan {
+    for preempt in 0..running.len() {
+        let (kept, given_up) = running.split_at(running.len() - preempt);
+        let regained: usize = given_up.iter().map(|load| load.blocks).sum();
+        if let Some(tokens) = share(budget, kept, available + regained) {
+            return Plan { preempt, tokens };
+        }
+    }
+    Plan { preempt: running.len(), tokens: Vec::new() }
+}
+
+/// Tokens for each sequence; `None` when blocks do not suffice for each that writes, and for the
+/// oldest to go on.
+fn share(budget: usize, running: &[Load], mut blocks: usize) -> Option<Vec<usize>> {
+    let mut tokens = vec![0; running.len()];
+    let mut left = budget;
+    let (writing, mut reading): (Vec<usize>, Vec<usize>) =
+        (0..running.len()).partition(|&index| running[index].pending == 1);
+    for index in writing {
+        blocks = blocks.checked_sub(running[index].lacks(1))?;
+        tokens[index] = 1;
+        left = left.saturating_sub(1);
+    }
+    // Short prompts first: what they leave of their share goes to the longer ones.
+    reading.sort_by_key(|&index| running[index].pending);
+    let n_reading = reading.len();
+    for (done, &index) in reading.iter().enumerate() {
+        let load = &running[index];
+        let room = (load.blocks + blocks) * BLOCK_TOKENS - load.cached;
+        let chunk = load.pending.min(left / (n_reading - done)).min(room);
+        blocks -= load.lacks(chunk);
+        left -= chunk;
+        tokens[index] = chunk;
+    }
+    tokens.first().is_none_or(|&first| first > 0).then_some(tokens)
+}
+
+/// Tokens of one step when nothing else waits for it: as many as go through the layers at once.
+pub const STEP_TOKENS: usize = 512;
+/// The least that a prompt gets of a step, lest its reading never ends.
+const LEAST_TOKENS: usize = 32;
+/// How long a step may take while other sequences write: a reader notices a longer pause.
+const STEP_TARGET: Duration = Duration::from_millis(100);
+
+/// The budget of a step. While somebody writes, a step should end soon: `tokens_per_s` is the rate
+/// at which prompts were read lately.
+pub fn budget(running: &[Load], tokens_per_s: Option<f64>) -> usize {
+    let n_writing = running.iter().filter(|load| load.pending == 1).count();
+    let is_shared = n_writing > 0 && n_writing < running.len();
+    let soon = match tokens_per_s {
+        Some(rate) if is_shared => whole(rate * STEP_TARGET.as_secs_f64()),
+        _ => STEP_TOKENS,
+    };
+    soon.clamp(LEAST_TOKENS, STEP_TOKENS) + n_writing
+}
+
+/// The whole part of a count; huge ones are as good as any above [`STEP_TOKENS`].
+fn whole(x: f64) -> usize {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped")]
+    let n = x.clamp(0.0, STEP_TOKENS as f64) as usize;
+    n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::Rng;
+
+    fn load(cached: usize, pending: usize) -> Load {
+        Load { cached, pending, blocks: blocks_for(cached) }
+    }
+
+    #[test]
+    fn steps_are_shared_as_said() {
+        let table: [(&[Load], usize, usize, &[usize]); 11] = [
+            (&[], 100, 0, &[]),
+            (&[load(0, 10)], 100, 0, &[10]),
+            (&[load(0, 1000)], 100, 0, &[512]),
+            // Writers first, one token each.
+            (&[load(9, 1), load(0, 1000)], 100, 0, &[1, 511]),
+            // Equal shares; the short one's rest goes to the long one.
+            (&[load(0, 1000), load(0, 1000)], 100, 0, &[256, 256]),
+            (&[load(0, 1000), load(0, 20)], 100, 0, &[492, 20]),
+            // Blocks bound a prompt.
+            (&[load(0, 1000)], 2, 0, &[128]),
+            (&[load(60, 1000)], 1, 0, &[68]),
+            // A writer at a block's edge needs one more; the newest pays.
+            (&[load(64, 1), load(64, 1)], 1, 1, &[1]),
+            (&[load(64, 1), load(10, 1)], 0, 1, &[1]),
+            (&[load(63, 1), load(10, 1)], 0, 0, &[1, 1]),
+        ];
+        for (running, available, preempt, tokens) in table {
+            let plan = next(STEP_TOKENS, running, available);
+            assert_eq!((plan.preempt, plan.tokens.as_slice()), (preempt, tokens), "{running:?}");
+        }
+    }
+
+    #[test]
+    fn sequences_start_when_there_is_room() {
+        let table: [(&[Load], &[Load], usize, usize); 7] = [
+            (&[], &[], 9, 0),
+            (&[], &[load(0, 100)], 9, 1),
+            (&[], &[load(0, 100), load(0, 100), load(0, 100), load(0, 100)], 9, 3),
+            (&[load(5, 1); 3], &[load(0, 1)], 9, 0),
+            // 100 tokens and the first of the answer take two blocks.
+            (&[load(5, 1)], &[load(0, 100)], 1, 0),
+            // What a running prompt still needs is not given away.
+            (&[load(0, 100)], &[load(0, 100)], 3, 0),
+            // Alone it starts in any case.
+            (&[], &[load(0, 100)], 0, 1),
+        ];
+        for (running, waiting, available, admitted) in table {
+            assert_eq!(admit(3, running, waiting, available), admitted, "{running:?} {waiting:?}");
+        }
+    }
+
+    #[test]
+    fn steps_are_short_while_somebody_writes() {
+        let reading = load(0, 1000);
+        let writing = load(9, 1);
+        let table: [(&[Load], Option<f64>, usize); 6] = [
+            (&[reading], Some(100.0), STEP_TOKENS),
+            (&[reading, writing], None, STEP_TOKENS + 1),
+            (&[reading, writing], Some(1000.0), 101),
+            (&[reading, writing], Some(1.0), LEAST_TOKENS + 1),
+            (&[reading, writing], Some(f64::INFINITY), STEP_TOKENS + 1),
+            (&[writing, writing], Some(1.0), STEP_TOKENS + 2),
+        ];
+        for (running, rate, tokens) in table {
+            assert_eq!(budget(running, rate), tokens, "{running:?} {rate:?}");
+        }
+    }
+
+    /// A sequence of the simulation below.
+    #[derive(Debug, Clone, Copy)]
+    struct Job {
+        load: Load,
+        /// Tokens it will write after the known ones.
+        to_write: usize,
+        arrived: usize,
+    }
+
+    /// Any mix of jobs ends, in bounded time, within the budget, and gives all blocks back.
+    #[test]
+    fn nobody_starves_and_no_block_leaks() {
+        let mut rng = Rng::new(5);
+        for round in 0..300 {
+            let n_blocks = 4 + rng.below(20);
+            let slots = 1 + rng.below(5);
+            let context = n_blocks * BLOCK_TOKENS;
+            let mut jobs: Vec<Job> = (0..=rng.below(12))
+                .map(|_| {
+                    let prompt = 1 + rng.below(context - 1);
+                    let to_write = rng.below(context - prompt + 1);
+                    Job { load: load(0, prompt), to_write, arrived: rng.below(50) }
+                })
+                .collect();
+            jobs.sort_by_key(|job| job.arrived);
+            let (mut running, mut waiting) = (Vec::<Job>::new(), Vec::<Job>::new());
+            let mut free = n_blocks;
+            let mut now = 0;
+            // Each preemption is paid for by an older sequence that goes on; 100,000 is far beyond.
+            while !(jobs.is_empty() && running.is_empty() && waiting.is_empty()) {
+                now += 1;
+                assert!(now < 100_000, "round {round} does not end");
+                let n_new = jobs.iter().take_while(|job| job.arrived <= now).count();
+                waiting.extend(jobs.drain(..n_new));
+                let loads = |jobs: &[Job]| jobs.iter().map(|job| job.load).collect::<Vec<_>>();
+                let n = admit(slots, &loads(&running), &loads(&waiting), free);
+                running.extend(waiting.drain(..n));
+                assert!(running.len() <= slots);
+                let budget = budget(&loads(&running), Some(500.0));
+                let plan = next(budget, &loads(&running), free);
+                for _ in 0..plan.preempt {
+                    let mut job = running.pop().expect("it was counted");
+                    free += job.load.blocks;
+                    let pending = job.load.cached + job.load.pending;
+                    job.load = Load { cached: 0, pending, blocks: 0 };
+                    waiting.insert(0, job);
+                }
+                assert_eq!(plan.tokens.len(), running.len());
+                assert!(plan.tokens.iter().sum::<usize>() <= budget);
+                assert!(running.is_empty() || plan.tokens[0] > 0, "the oldest goes on");
+                for (job, &n) in running.iter_mut().zip(&plan.tokens) {
+                    let taken = job.load.lacks(n);
+                    free = free.checked_sub(taken).expect("no block is taken twice");
+                    job.load.blocks += taken;
+                    job.load.cached += n;
+                    job.load.pending -= n;
+                    if job.load.pending == 0 && job.to_write > 0 {
+                        job.to_write -= 1;
+                        job.load.pending = 1;
+                    }
+                }
+                running.retain(|job| {
+                    let is_done = job.load.pending == 0;
+                    free += if is_done { job.load.blocks } else { 0 };
+                    !is_done
+                });
+            }
+            assert_eq!(free, n_blocks, "round {round}");
+        }
+    }
+}

@@ -1,0 +1,449 @@
+//! The loop: take sequences in, plan a step, run it, choose tokens, say what came of it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use v4_kernels::{KvCache, Span};
+use v4_proto::frame::{RequestId, Stats};
+use v4_proto::{Delta, Done, Event, Finish, Usage};
+
+use std::sync::Arc;
+
+use crate::Error;
+use crate::dialect::Reader;
+use crate::kv::blocks::{BLOCK_TOKENS, Pool, blocks_for};
+use crate::kv::prefix::Prefix;
+use crate::model::{Batch, Model};
+use crate::prepare::Sequence;
+use crate::sample::Sampler;
+use crate::schedule::{self, Load, Plan};
+use crate::text::Detokenizer;
+use crate::tokenizer::Tokenizer;
+
+/// Hears the events of requests.
+pub type Emit<'a> = &'a mut dyn FnMut(RequestId, Event);
+
+/// A model and the sequences that it works on.
+pub struct Engine {
+    model: Model,
+    tokenizer: Arc<Tokenizer>,
+    kv: KvCache,
+    pool: Pool,
+    prefix: Prefix,
+    slots: usize,
+    /// In the batch, oldest first.
+    running: Vec<Active>,
+    /// First come, first served; preempted ones come first.
+    waiting: VecDeque<Active>,
+    steps: u64,
+    /// How fast prompts were read lately.
+    prompt_tokens_per_s: Option<f64>,
+    rows: Rows,
+    logits: Vec<f32>,
+}
+
+/// The rows of a step.
+#[derive(Debug, Default)]
+struct Rows {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    /// Rows whose logits are wanted.
+    wanted: Vec<u32>,
+}
+
+/// A sequence that is being worked on.
+#[derive(Debug)]
+struct Active {
+    id: RequestId,
+    /// Prompt and answer.
+    tokens: Vec<u32>,
+    n_prompt: usize,
+    /// How many of `tokens` are in the KV cache.
+    cached: usize,
+    blocks: Vec<u32>,
+    context: usize,
+    max_tokens: usize,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    reader: Option<Reader>,
+    visible: Vec<u32>,
+    usage: Usage,
+    is_cancelled: bool,
+    /// When work on it began.
+    started: Option<Instant>,
+    /// When its prompt had been read.
+    read: Option<Instant>,
+}
+
+impl Engine {
+    /// An engine for sequences of up to `context` tokens, `slots` of them at a time.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the KV cache does not fit.
+    ///
+    /// # Panics
+    /// When the model keeps blocks of another size: our own mistake.
+    pub fn new(
+        mut model: Model,
+        tokenizer: Arc<Tokenizer>,
+        context: u32,
+        slots: u32,
+    ) -> Result<Self, Error> {
+        let shape = model.kv_shape();
+        assert_eq!(shape.block_tokens, BLOCK_TOKENS, "one size of block");
+        let slots = slots.max(1) as usize;
+        let n_blocks = slots.saturating_mul(blocks_for(context as usize));
+        let kv = model.device_mut().kv_cache(shape, n_blocks)?;
+        Ok(Self {
+            pool: Pool::new(as_u32(n_blocks)),
+            model,
+            tokenizer,
+            kv,
+            prefix: Prefix::default(),
+            slots,
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            steps: 0,
+            prompt_tokens_per_s: None,
+            rows: Rows::default(),
+            logits: Vec::new(),
+        })
+    }
+
+    /// Takes a sequence in. Its events come from [`Engine::step`].
+    pub fn submit(&mut self, id: RequestId, sequence: Sequence) {
+        self.waiting.push_back(Active::new(id, sequence));
+    }
+
+    /// Ends a sequence: the next step says [`Finish::Cancelled`] and does no more for it. An id
+    /// that is not known has ended already.
+    pub fn cancel(&mut self, id: RequestId) {
+        let all = self.running.iter_mut().chain(&mut self.waiting);
+        all.filter(|active| active.id == id).for_each(|active| active.is_cancelled = true);
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// The figures of now. Cached blocks that nobody uses count as free.
+    pub fn stats(&self) -> Stats {
+        let total = self.pool.len();
+        Stats {
+            running: as_u32(self.running.len()),
+            waiting: as_u32(self.waiting.len()),
+            blocks_used: as_u32(total - self.available()),
+            blocks_total: as_u32(total),
+            steps: self.steps,
+        }
+    }
+
+    /// Works on the sequences once and says what came of it: true while there is more to do.
+    ///
+    /// # Errors
+    /// What makes further work impossible. What only the sequences of this step suffer from is told
+    /// to them as [`Event::Failed`].
+    pub fn step(&mut self, emit: Emit<'_>) -> Result<bool, Error> {
+        self.end_cancelled(emit);
+        self.admit();
+        if self.running.is_empty() {
+            return Ok(!self.waiting.is_empty());
+        }
+        let loads: Vec<Load> = self.running.iter().map(Active::load).collect();
+        let budget = schedule::budget(&loads, self.prompt_tokens_per_s);
+        let plan = schedule::next(budget, &loads, self.available());
+        for _ in 0..plan.preempt {
+            self.preempt_newest();
+        }
+        let began = Instant::now();
+        match self.forward(&plan) {
+            Ok(()) => self.take_logits(&plan, emit),
+            // The device could not do this step; other sequences may fit.
+            Err(error @ Error::Device(_)) => self.fail_all(&error, emit),
+            Err(error) => return Err(error),
+        }
+        self.steps += 1;
+        self.measure(&plan, began.elapsed());
+        Ok(!self.is_idle())
+    }
+
+    /// Blocks that are free or can be made so.
+    fn available(&self) -> usize {
+        self.pool.n_free() + self.prefix.n_idle(&self.pool)
+    }
+
+    fn end_cancelled(&mut self, emit: Emit<'_>) {
+        for index in (0..self.waiting.len()).rev() {
+            if self.waiting[index].is_cancelled
+                && let Some(active) = self.waiting.remove(index)
+            {
+                self.end(active, Finish::Cancelled, emit);
+            }
+        }
+        for index in (0..self.running.len()).rev() {
+            if self.running[index].is_cancelled {
+                let active = self.running.remove(index);
+                self.end(active, Finish::Cancelled, emit);
+            }
+        }
+    }
+
+    /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them.
+    fn admit(&mut self) {
+        let running: Vec<Load> = self.running.iter().map(Active::load).collect();
+        let waiting: Vec<Load> = self.waiting.iter().map(Active::load).collect();
+        let n = schedule::admit(self.slots, &running, &waiting, self.available());
+        for mut active in self.waiting.drain(..n) {
+            active.blocks = self.prefix.find(&mut self.pool, &active.tokens);
+            active.cached = active.blocks.len() * BLOCK_TOKENS;
+            if active.started.is_none() {
+                active.started = Some(Instant::now());
+                active.usage.cached_tokens = as_u32(active.cached);
+            }
+            self.running.push(active);
+        }
+    }
+
+    /// Takes the newest sequence out of the batch; it will be read again.
+    fn preempt_newest(&mut self) {
+        if let Some(mut active) = self.running.pop() {
+            self.give_back(&mut active);
+            self.waiting.push_front(active);
+        }
+    }
+
+    /// Frees the blocks of a sequence; the prefix cache keeps the full ones as long as it may.
+    fn give_back(&mut self, active: &mut Active) {
+        self.prefix.keep(&mut self.pool, &active.tokens[..active.cached], &active.blocks);
+        active.blocks.drain(..).for_each(|block| self.pool.release(block));
+        active.cached = 0;
+    }
+
+    fn take_block(&mut self) -> u32 {
+        loop {
+            if let Some(block) = self.pool.take() {
+                return block;
+            }
+            assert!(self.prefix.evict(&mut self.pool), "the plan counted the blocks there are");
+        }
+    }
+
+    /// Runs the planned tokens of each sequence.
+    fn forward(&mut self, plan: &Plan) -> Result<(), Error> {
+        let mut rows = std::mem::take(&mut self.rows);
+        rows.clear();
+        for (index, &n) in plan.tokens.iter().enumerate() {
+            while self.running[index].blocks.len() < blocks_for(self.running[index].cached + n) {
+                let block = self.take_block();
+                self.running[index].blocks.push(block);
+            }
+            rows.push(&self.running[index], n);
+        }
+        let mut first_row = 0;
+        let spans = self.running.iter().zip(&plan.tokens).filter(|&(_, &n)| n > 0);
+        let spans = spans.map(|(active, &n_rows)| {
+            let kv_len = active.cached + n_rows;
+            let span = Span { first_row, n_rows, kv_len, blocks: &active.blocks };
+            first_row += n_rows;
+            span
+        });
+        let spans: Vec<Span<'_>> = spans.collect();
+        let batch = Batch {
+            tokens: &rows.tokens,
+            positions: &rows.positions,
+            slots: &rows.slots,
+            spans: &spans,
+            logit_rows: &rows.wanted,
+        };
+        let result = self.model.forward(&mut self.kv, &batch, &mut self.logits);
+        self.rows = rows;
+        result
+    }
+
+    /// Chooses a token for each sequence whose known tokens are all read.
+    fn take_logits(&mut self, plan: &Plan, emit: Emit<'_>) {
+        let mut logits = std::mem::take(&mut self.logits);
+        let mut rows = logits.chunks_exact_mut(self.model.vocabulary());
+        let mut ended = Vec::new();
+        for (index, &n) in plan.tokens.iter().enumerate() {
+            let active = &mut self.running[index];
+            active.cached += n;
+            if active.cached == active.tokens.len() {
+                let row = rows.next().expect("there is a row of logits for each such sequence");
+                if let Some(finish) = active.write(&self.tokenizer, row, emit) {
+                    ended.push((index, finish));
+                }
+            }
+        }
+        for (index, finish) in ended.into_iter().rev() {
+            let active = self.running.remove(index);
+            self.end(active, finish, emit);
+        }
+        self.logits = logits;
+    }
+
+    fn end(&mut self, mut active: Active, finish: Finish, emit: Emit<'_>) {
+        self.give_back(&mut active);
+        let done = active.done(finish);
+        emit(active.id, Event::Done(done));
+    }
+
+    /// Ends the sequences of a step that the device could not do.
+    fn fail_all(&mut self, error: &Error, emit: Emit<'_>) {
+        for mut active in std::mem::take(&mut self.running) {
+            self.give_back(&mut active);
+            emit(active.id, Event::Failed(error.fault()));
+        }
+    }
+
+    /// Learns how fast prompts are read, from steps that mostly do that.
+    fn measure(&mut self, plan: &Plan, took: Duration) {
+        const WEIGHT: f64 = 0.5;
+        let n: usize = plan.tokens.iter().filter(|&&n| n > 1).sum();
+        if n >= 16 && !took.is_zero() {
+            let rate = n as f64 / took.as_secs_f64();
+            let known = self.prompt_tokens_per_s.unwrap_or(rate);
+            self.prompt_tokens_per_s = Some(known + WEIGHT * (rate - known));
+        }
+    }
+}
+
+impl Rows {
+    fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.wanted.clear();
+    }
+
+    /// Adds the next `n` tokens of a sequence, and asks for logits where they are its last.
+    fn push(&mut self, active: &Active, n: usize) {
+        let end = active.cached + n;
+        self.tokens.extend(&active.tokens[active.cached..end]);
+        for position in active.cached..end {
+            self.positions.push(as_u32(position));
+            let block = active.blocks[position / BLOCK_TOKENS] as usize;
+            self.slots.push(as_u32(block * BLOCK_TOKENS + position % BLOCK_TOKENS));
+        }
+        if n > 0 && end == active.tokens.len() {
+            self.wanted.push(as_u32(self.tokens.len() - 1));
+        }
+    }
+}
+
+impl Active {
+    fn new(id: RequestId, sequence: Sequence) -> Self {
+        let n_prompt = sequence.prompt.len();
+        Self {
+            id,
+            n_prompt,
+            cached: 0,
+            blocks: Vec::new(),
+            context: sequence.context,
+            max_tokens: sequence.max_tokens,
+            sampler: Sampler::new(sequence.sampling, sequence.seed),
+            detokenizer: Detokenizer::new(sequence.stop),
+            reader: sequence.reader,
+            visible: sequence.visible,
+            usage: Usage {
+                prompt_tokens: as_u32(n_prompt),
+                sent_tokens: sequence.sent_tokens,
+                ..Usage::default()
+            },
+            tokens: sequence.prompt,
+            is_cancelled: false,
+            started: None,
+            read: None,
+        }
+    }
+
+    fn load(&self) -> Load {
+        Load {
+            cached: self.cached,
+            pending: self.tokens.len() - self.cached,
+            blocks: self.blocks.len(),
+        }
+    }
+
+    /// Chooses the next token and says what text it makes certain; how the sequence ends, if it
+    /// does.
+    fn write(
+        &mut self,
+        tokenizer: &Tokenizer,
+        logits: &mut [f32],
+        emit: Emit<'_>,
+    ) -> Option<Finish> {
+        self.read.get_or_insert_with(Instant::now);
+        if self.tokens.len() - self.n_prompt >= self.max_tokens {
+            return Some(self.finish(Finish::Length, emit));
+        }
+        let token = self.sampler.sample(logits, &self.tokens);
+        if tokenizer.is_end(token) {
+            return Some(self.finish(Finish::Stop, emit));
+        }
+        self.tokens.push(token);
+        self.usage.completion_tokens += 1;
+        let is_text = !tokenizer.is_control(token) || self.visible.contains(&token);
+        let bytes = if is_text { tokenizer.bytes(token) } else { &[] };
+        let chunk = self.detokenizer.push(bytes);
+        self.say(&chunk.text, emit);
+        if chunk.stopped {
+            return Some(self.finish(Finish::Stop, emit));
+        }
+        let n_written = self.tokens.len() - self.n_prompt;
+        if n_written >= self.max_tokens || self.tokens.len() >= self.context {
+            return Some(self.finish(Finish::Length, emit));
+        }
+        None
+    }
+
+    /// Says text through the reader.
+    fn say(&mut self, text: &str, emit: Emit<'_>) {
+        let delta = match &mut self.reader {
+            Some(reader) => reader.push(text),
+            None => Delta { text: text.to_owned(), ..Delta::default() },
+        };
+        self.emit(delta, emit);
+    }
+
+    /// Says what was held back.
+    fn finish(&mut self, finish: Finish, emit: Emit<'_>) -> Finish {
+        let rest = self.detokenizer.finish();
+        self.say(&rest.text, emit);
+        let Some(reader) = &mut self.reader else { return finish };
+        let delta = reader.finish();
+        let has_calls = reader.has_calls();
+        self.emit(delta, emit);
+        if has_calls && finish == Finish::Stop { Finish::ToolCalls } else { finish }
+    }
+
+    fn emit(&self, delta: Delta, emit: Emit<'_>) {
+        if delta != Delta::default() {
+            emit(self.id, Event::Delta(delta));
+        }
+    }
+
+    fn done(&self, finish: Finish) -> Done {
+        let now = Instant::now();
+        let read = self.read.unwrap_or(now);
+        let nanoseconds =
+            |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let prompt = self.started.map_or(Duration::ZERO, |started| read - started);
+        let usage = Usage {
+            prompt_ns: nanoseconds(prompt),
+            completion_ns: nanoseconds(now - read),
+            ..self.usage
+        };
+        Done { finish, usage }
+    }
+}
+
+/// Positions, slots and counts: all are below the blocks' number times their size.
+fn as_u32(n: usize) -> u32 {
+    u32::try_from(n).expect("the KV cache has far fewer than 2^32 slots")
+}
+
+#[cfg(test)]
+mod tests;

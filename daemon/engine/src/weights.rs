@@ -1,0 +1,161 @@
+//! Binding: every field finds its tensor with the shape it needs, and every tensor finds a field.
+
+use std::collections::{HashMap, HashSet};
+
+use v4_kernels::{Buffer, Device, Matrix, Quant, quant};
+
+use crate::Error;
+use crate::arch::config::ROPE_FACTORS;
+use crate::arch::decoder::Name;
+use crate::format::{File, Format, Tensor};
+use crate::layers::linear::Weight;
+
+/// Tensors that are read elsewhere or that no computation needs, by the end of their name.
+const IGNORED: &[&str] = &[
+    // Read with the metadata.
+    ROPE_FACTORS,
+    // Written by old versions of transformers, computed here.
+    ".rotary_emb.inv_freq",
+    // The scale of a tensor's input, for products of FP4 by FP4; activations are int8 here.
+    ".input_scale",
+];
+
+/// The float types, whose rows may stand for a plain vector.
+const FLOATS: [Quant; 3] = [Quant::F32, Quant::F16, Quant::BF16];
+
+/// Hands tensors to fields and remembers which.
+pub(crate) struct Binder<'a> {
+    format: Format,
+    tensors: HashMap<&'a str, &'a Tensor>,
+    bound: HashSet<&'a str>,
+    device: &'a mut dyn Device,
+}
+
+impl<'a> Binder<'a> {
+    /// For the tensors of a file, whose vectors are put on `device`.
+    pub fn new(file: &'a File, device: &'a mut dyn Device) -> Self {
+        let tensors = file.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+        Self { format: file.format, tensors, bound: HashSet::new(), device }
+    }
+
+    fn full_name(&self, name: &Name, layer: usize, suffix: &str) -> String {
+        let name = match self.format {
+            Format::Gguf => name.gguf,
+            Format::Safetensors => name.hf,
+        };
+        format!("{}{suffix}", name.replace("{}", &layer.to_string()))
+    }
+
+    fn find(&mut self, name: &Name, layer: usize, suffix: &str) -> Option<&'a Tensor> {
+        let found = *self.tensors.get(self.full_name(name, layer, suffix).as_str())?;
+        self.bound.insert(found.name.as_str());
+        Some(found)
+    }
+
+    fn need(&mut self, name: &Name, layer: usize, suffix: &str) -> Result<&'a Tensor, Error> {
+        self.find(name, layer, suffix)
+            .ok_or_else(|| Error::MissingTensor { name: self.full_name(name, layer, suffix) })
+    }
+
+    /// The rows of a field's weight: what metadata does not always say.
+    pub fn rows(&mut self, name: &Name, layer: usize) -> Result<usize, Error> {
+        let tensor = self.need(name, layer, ".weight")?;
+        let rows = tensor.shape.first().copied().unwrap_or_default();
+        usize::try_from(rows).map_err(|_| shape_error(tensor, &[]))
+    }
+
+    /// Whether a field's weight is there.
+    pub fn has(&self, name: &Name, layer: usize) -> bool {
+        self.tensors.contains_key(self.full_name(name, layer, ".weight").as_str())
+    }
+
+    /// Counts a field's weight as bound though nothing uses it.
+    pub fn ignore(&mut self, name: &Name, layer: usize) {
+        self.find(name, layer, ".weight");
+    }
+
+    /// A matrix `[rows, cols]`, with the scale of its tensor where the format has one.
+    pub fn weight(
+        &mut self,
+        name: &Name,
+        layer: usize,
+        [rows, cols]: [usize; 2],
+    ) -> Result<Weight, Error> {
+        let tensor = self.need(name, layer, ".weight")?;
+        let expected = [rows as u64, cols as u64];
+        if tensor.shape != expected {
+            return Err(shape_error(tensor, &expected));
+        }
+        let matrix = Matrix::new(tensor.quant, rows, cols, tensor.bytes.clone())
+            .ok_or_else(|| shape_error(tensor, &expected))?;
+        let scale = match self.find(name, layer, ".scale") {
+            Some(scale) => floats(scale, 1)?.first().copied().unwrap_or(1.0),
+            None => 1.0,
+        };
+        Ok(Weight { matrix, bias: None, scale })
+    }
+
+    /// [`Binder::weight`] with a bias of `rows` values.
+    pub fn biased_weight(
+        &mut self,
+        name: &Name,
+        layer: usize,
+        shape: [usize; 2],
+    ) -> Result<Weight, Error> {
+        let weight = self.weight(name, layer, shape)?;
+        let bias = floats(self.need(name, layer, ".bias")?, shape[0])?;
+        Ok(Weight { bias: Some(self.upload(&bias)?), ..weight })
+    }
+
+    /// A vector of `len` floats, with `offset` added to each.
+    pub fn vector(
+        &mut self,
+        name: &Name,
+        layer: usize,
+        len: usize,
+        offset: f32,
+    ) -> Result<Buffer, Error> {
+        let mut values = floats(self.need(name, layer, ".weight")?, len)?;
+        for value in &mut values {
+            *value += offset;
+        }
+        self.upload(&values)
+    }
+
+    fn upload(&mut self, values: &[f32]) -> Result<Buffer, Error> {
+        let mut buffer = self.device.buffer(values.len())?;
+        self.device.write(values, &mut buffer, 0)?;
+        Ok(buffer)
+    }
+
+    /// Fails where a tensor was bound to nothing.
+    pub fn finish(self) -> Result<(), Error> {
+        let is_free = |name: &&&str| {
+            !self.bound.contains(**name) && !IGNORED.iter().any(|end| name.ends_with(end))
+        };
+        match self.tensors.keys().filter(is_free).min() {
+            Some(name) => Err(Error::UnboundTensor { name: (*name).to_owned() }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The values of a vector of `len` floats. A scalar is a vector of one.
+pub(crate) fn floats(tensor: &Tensor, len: usize) -> Result<Vec<f32>, Error> {
+    let is_scalar = len == 1 && tensor.shape.is_empty();
+    let has_shape = is_scalar || tensor.shape == [len as u64];
+    if !has_shape || !FLOATS.contains(&tensor.quant) {
+        return Err(shape_error(tensor, &[len as u64]));
+    }
+    let mut values = vec![0.0; len];
+    quant::dequantize(tensor.quant, tensor.bytes.as_slice(), &mut values);
+    Ok(values)
+}
+
+fn shape_error(tensor: &Tensor, expected: &[u64]) -> Error {
+    Error::TensorShape {
+        name: tensor.name.clone(),
+        found: format!("{:?} of {}", tensor.shape, tensor.quant),
+        expected: expected.to_vec(),
+    }
+}

@@ -1,0 +1,201 @@
+//! Tiny random models against golden logits; `tests/golden/README.md` says how those were made and
+//! what distance is expected.
+
+#![expect(clippy::print_stdout, reason = "figures are for people, `--nocapture` shows them")]
+
+mod reference;
+#[path = "../vectors/mod.rs"]
+mod vectors;
+
+use std::path::PathBuf;
+
+use reference::Reference;
+use v4_engine::format;
+use v4_engine::model::{Alone, Model};
+use v4_kernels::Cpu;
+use v4_kernels::cpu::CpuOptions;
+use v4_proto::ModelFiles;
+use vectors::{Distance, Vectors, argmax, dequantized, distance, folder};
+
+const PROMPTS: [&str; 3] = ["short", "medium", "long"];
+
+/// What a model's products are computed with, which decides how close they must come.
+#[derive(Clone, Copy, PartialEq)]
+enum Products {
+    /// Float weights by float activations; keys and values are in half precision.
+    Float,
+    /// Quantised weights by int8 activations.
+    Int8,
+}
+
+struct Case {
+    files: ModelFiles,
+    golden: PathBuf,
+    products: Products,
+}
+
+fn hf(name: &str) -> Case {
+    let model = folder().join("models").join(name);
+    Case {
+        golden: model.join("golden.safetensors"),
+        files: ModelFiles { weights: vec![model], chat_template: None },
+        products: Products::Float,
+    }
+}
+
+fn gguf(name: &str, products: Products) -> Case {
+    let gguf = folder().join("gguf");
+    Case {
+        golden: gguf.join(format!("{name}.golden.safetensors")),
+        files: ModelFiles { weights: vec![gguf.join(format!("{name}.gguf"))], chat_template: None },
+        products,
+    }
+}
+
+fn cases() -> Vec<Case> {
+    vec![
+        hf("llama"),
+        hf("qwen2"),
+        hf("gemma3_text"),
+        gguf("llama-f16", Products::Float),
+        gguf("llama-q4_0", Products::Int8),
+        gguf("llama-zoo", Products::Int8),
+        gguf("gemma3-q5_0", Products::Int8),
+    ]
+}
+
+impl Case {
+    fn name(&self) -> String {
+        self.files.weights[0].file_name().expect("a name").to_string_lossy().into_owned()
+    }
+
+    fn open(&self, options: &CpuOptions) -> Model {
+        let device = Cpu::open(options).expect("a processor");
+        Model::open(&self.files, Box::new(device), &mut |_, _, _| {}).expect("a good model")
+    }
+
+    /// Fails where `found` is farther from the golden logits than the README allows.
+    fn check(&self, what: &str, found: &Distance) {
+        let good = match self.products {
+            // The README's float32 row (1e-6, and 1e-3 for any logit) is met by the reference; the
+            // engine keeps keys and values in half precision, which costs 1e-2 in a logit.
+            Products::Float => found.mean_kl < 1e-6 && found.max_abs < 2e-2 && found.top1 > 0.98,
+            Products::Int8 => found.mean_kl < 5e-3 && found.max_kl < 2e-2,
+        };
+        assert!(good && found.max_abs.is_finite(), "{}, {what}: {found:?}", self.name());
+    }
+}
+
+/// Float32 by float32: what the configurations and decodes are held to.
+fn check_exactly(case: &Case) {
+    let file = format::read(&case.files).expect("a good file");
+    let golden = Vectors::open(&case.golden);
+    let mut reference = Reference::new(&file);
+    for prompt in PROMPTS {
+        let ids = golden.ints(&format!("{prompt}.input_ids"));
+        let positions = golden.ints(&format!("{prompt}.positions"));
+        let width = golden.width(&format!("{prompt}.logits"));
+        reference.forget();
+        let rows: Vec<Vec<f32>> = ids.iter().map(|&id| reference.step(id)).collect();
+        let found: Vec<f32> = positions.iter().flat_map(|&at| rows[at as usize].clone()).collect();
+        let distance = distance(&found, &golden.floats(&format!("{prompt}.logits")), width);
+        let good = distance.max_abs < 1e-3 && distance.mean_kl < 1e-6;
+        assert!(good, "{}, {prompt}: {distance:?}", case.name());
+        let mut row = rows.last().expect("a prompt is not empty").clone();
+        for (n, expected) in golden.ints(&format!("{prompt}.greedy")).into_iter().enumerate() {
+            assert_eq!(argmax(&row), expected, "{}, {prompt}: greedy token {n}", case.name());
+            row = reference.step(expected);
+        }
+    }
+}
+
+#[test]
+fn the_reference_meets_the_golden_logits_exactly() {
+    cases().iter().for_each(check_exactly);
+}
+
+/// The logits of a prompt's golden positions, fed in pieces of at most `chunk` tokens.
+fn logits(model: &mut Model, ids: &[u32], positions: &[u32], chunk: usize) -> Vec<f32> {
+    let mut alone = Alone::new(model, ids.len()).expect("memory");
+    let (mut all, mut part) = (Vec::new(), Vec::new());
+    for (i, piece) in ids.chunks(chunk).enumerate() {
+        let first = u32::try_from(i * chunk).expect("fits");
+        let end = first + u32::try_from(piece.len()).expect("fits");
+        let wanted: Vec<u32> =
+            positions.iter().filter(|at| (first..end).contains(at)).map(|at| at - first).collect();
+        alone.feed(piece, &wanted, &mut part).expect("a forward pass");
+        all.extend_from_slice(&part);
+    }
+    all
+}
+
+fn check_chunks(case: &Case, options: &CpuOptions, chunks: &[usize]) {
+    check_model(case, &mut case.open(options), chunks);
+}
+
+fn check_model(case: &Case, model: &mut Model, chunks: &[usize]) {
+    let golden = Vectors::open(&case.golden);
+    for prompt in PROMPTS {
+        let ids = golden.ints(&format!("{prompt}.input_ids"));
+        let positions = golden.ints(&format!("{prompt}.positions"));
+        let name = format!("{prompt}.logits");
+        let expected = golden.floats(&name);
+        for &chunk in chunks {
+            let found = logits(model, &ids, &positions, chunk);
+            let distance = distance(&found, &expected, golden.width(&name));
+            println!("{} {prompt} by {chunk}: {distance:?}", case.name());
+            case.check(&format!("{prompt} by {chunk}"), &distance);
+        }
+    }
+}
+
+#[test]
+fn logits_are_golden_in_one_pass_in_chunks_and_step_by_step() {
+    for case in cases() {
+        check_chunks(&case, &CpuOptions::default(), &[1000, 96, 37, 1]);
+    }
+}
+
+#[test]
+fn quantised_files_are_golden_when_products_are_by_floats() {
+    for case in cases().into_iter().filter(|case| case.products == Products::Int8) {
+        let file = dequantized(format::read(&case.files).expect("a good file"));
+        let device = Cpu::open(&CpuOptions::default()).expect("a processor");
+        let mut model = Model::new(&file, Box::new(device)).expect("a good model");
+        let case = Case { products: Products::Float, ..case };
+        check_model(&case, &mut model, &[64]);
+    }
+}
+
+#[test]
+fn every_instruction_set_gives_golden_logits() {
+    for isa in v4_kernels::cpu::isas() {
+        let options = CpuOptions { threads: 1, isa: Some(isa.to_owned()) };
+        for case in cases() {
+            check_chunks(&case, &options, &[64]);
+        }
+    }
+}
+
+#[test]
+fn greedy_continuations_are_golden() {
+    for case in cases().iter().filter(|case| case.products == Products::Float) {
+        let golden = Vectors::open(&case.golden);
+        let mut model = case.open(&CpuOptions::default());
+        for prompt in PROMPTS {
+            let ids = golden.ints(&format!("{prompt}.input_ids"));
+            let expected = golden.ints(&format!("{prompt}.greedy"));
+            let mut alone = Alone::new(&mut model, ids.len() + expected.len()).expect("memory");
+            let mut row = Vec::new();
+            let last = u32::try_from(ids.len()).expect("fits") - 1;
+            alone.feed(&ids, &[last], &mut row).expect("a forward pass");
+            let mut found = Vec::new();
+            for _ in &expected {
+                let token = argmax(&row);
+                found.push(token);
+                alone.feed(&[token], &[0], &mut row).expect("a forward pass");
+            }
+            assert_eq!(found, expected, "{}, {prompt}", case.name());
+        }
+    }
+}
