@@ -1,0 +1,62 @@
+//! Bounds of the supervisor, each with its unit and the reason for its value.
+
+use std::time::Duration;
+
+/// Asks that wait for the owner task, of all clients. It answers within microseconds, so a full
+/// mailbox is a flood.
+pub const MAILBOX_MESSAGES: usize = 1024;
+/// Reports of runners that wait for the owner task.
+pub const REPORTS: usize = 1024;
+/// Commands that wait for one runner's link. A link answers at once; more than this is our own
+/// mistake.
+pub const LINK_COMMANDS: usize = 1024;
+/// Frames that wait for one runner's socket. A runner that leaves so many unread hangs.
+pub const LINK_FRAMES: usize = 1024;
+/// Deltas a client may leave unread before it counts as slow: half a minute at 140 tokens a second.
+pub const EVENTS_PER_REQUEST: usize = 4096;
+
+/// From the start of a process to its `Hello`. A cold binary on a slow disk needs seconds.
+pub const HANDSHAKE: Duration = Duration::from_secs(20);
+/// A load that reports no progress for so long is a hang.
+pub const LOAD_STALL: Duration = Duration::from_mins(2);
+/// From `Inspect` to `Info`: only a header is read.
+pub const INSPECT: Duration = Duration::from_secs(30);
+/// Short-lived runners that inspect at a time. More would only share the same cores.
+pub const INSPECTORS: usize = 2;
+/// No `Stats` for so long with work in flight is a hang; ten heartbeats.
+pub const HEARTBEAT: Duration = Duration::from_secs(10);
+/// No new step for so long with work in flight is a hang. One step may be a prefill chunk of a
+/// large model on few cores.
+pub const STEP_STALL: Duration = Duration::from_mins(3);
+/// Between the end of a runner's socket and the end of its process; then it is killed.
+pub const EXIT: Duration = Duration::from_secs(2);
+/// From the end of a process to the end of its standard error, which a grandchild could hold open.
+pub const STDERR_END: Duration = Duration::from_millis(500);
+/// What an idle runner gets to leave in order.
+pub const STOP: Duration = Duration::from_secs(5);
+/// What the old runner of a swap gets to finish its answers.
+pub const SWAP_DRAIN: Duration = Duration::from_mins(2);
+/// A place in the queue is given up after so long: loads of large models from slow disks included.
+pub const QUEUE_WAIT: Duration = Duration::from_mins(5);
+
+/// The first wait before a model whose runner died is loaded again; doubled for each further death.
+pub const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+/// The longest such wait.
+pub const BACKOFF_LAST: Duration = Duration::from_mins(1);
+/// So many deaths within [`DEATH_WINDOW`] put a model out of service.
+pub const DEATHS: usize = 3;
+/// The window of [`DEATHS`], and how long the model stays out of service.
+pub const DEATH_WINDOW: Duration = Duration::from_mins(5);
+
+/// Bytes of a runner's standard error that are kept.
+pub const STDERR_BYTES: usize = 64 << 10;
+/// Lines of it that go to the log at a death.
+pub const STDERR_LINES: usize = 20;
+
+/// Bytes for activations, logits and the process itself, beside weights and KV.
+pub const SCRATCH_BYTES: u64 = 128 << 20;
+/// The share of the available memory that models may take, in percent, where the configuration does
+/// not say: the rest is for the page cache of everybody else.
+pub const MEMORY_SHARE_PERCENT: u64 = 85;
+/// Bytes read of one file of `/proc` or of a control group.
+pub const INVENTORY_FILE_BYTES: usize = 64 << 10;

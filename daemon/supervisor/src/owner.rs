@@ -1,0 +1,329 @@
+//! The one task that owns the state: it hears clients and runners, asks [`policy::step`] what to
+//! do, and does it. It never waits for anybody but for the next message.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep_until},
+};
+use v4_proto::{Event as Answered, Fault, ModelInfo, ModelName, frame::LoadOptions};
+use v4_store::Lease;
+
+use crate::{
+    KeepAlive, Loaded, State, SupervisorConfig, Target,
+    answer::{Begun, Route},
+    inventory, limits,
+    link::{self, Command, Report},
+    policy::{self, AskId, Effect, Event, Hold, Kind, Model, Phase, Rules, RunnerId},
+    process::Launch,
+};
+
+/// What a client asks for.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Generate(Route),
+    Load,
+    Swap,
+}
+
+/// One call of a client.
+#[derive(Debug)]
+pub(crate) struct Ask {
+    pub id: AskId,
+    pub target: Target,
+    pub lease: Lease,
+    pub keep_alive: KeepAlive,
+    pub work: Work,
+    pub reply: oneshot::Sender<Result<Begun, Fault>>,
+}
+
+/// From the handles.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Ask(Box<Ask>),
+    /// Whoever asked has left or has its answer.
+    Left(AskId),
+    Unload {
+        name: ModelName,
+        reply: oneshot::Sender<bool>,
+    },
+    Ps {
+        reply: oneshot::Sender<Vec<Loaded>>,
+    },
+    Shutdown {
+        deadline: Duration,
+        reply: oneshot::Sender<()>,
+    },
+}
+
+/// The ways back to a client, as long as they are not with a link.
+struct Client {
+    /// Taken when the request is on a runner.
+    reply: Option<oneshot::Sender<Result<Begun, Fault>>>,
+    route: Option<Route>,
+}
+
+/// A runner as its link reports it.
+struct Linked {
+    commands: mpsc::Sender<Command>,
+    facts: Option<(ModelInfo, u32)>,
+}
+
+/// All that lives as long as the daemon.
+pub(crate) struct Owner {
+    state: policy::State,
+    started: Instant,
+    launch: Launch,
+    threads: u32,
+    isa: Option<String>,
+    links: HashMap<RunnerId, Linked>,
+    clients: HashMap<AskId, Client>,
+    reports: mpsc::Sender<(RunnerId, Report)>,
+    reported: mpsc::Receiver<(RunnerId, Report)>,
+    /// Told when the last runner is gone.
+    closers: Vec<oneshot::Sender<()>>,
+}
+
+impl Owner {
+    pub fn new(config: &SupervisorConfig, launch: Launch) -> Self {
+        let rules = Rules {
+            budget_bytes: config.memory_bytes.unwrap_or_else(inventory::budget_bytes),
+            max_queue: config.max_queue,
+            slots: config.slots,
+            context: config.context,
+            spare: config.spare,
+            keep_alive: config.keep_alive,
+        };
+        tracing::info!(budget_bytes = rules.budget_bytes, "memory for models");
+        let (reports, reported) = mpsc::channel(limits::REPORTS);
+        Self {
+            state: policy::State::new(rules),
+            started: Instant::now(),
+            launch,
+            threads: config.threads,
+            isa: config.isa.clone(),
+            links: HashMap::new(),
+            clients: HashMap::new(),
+            reports,
+            reported,
+            closers: Vec::new(),
+        }
+    }
+
+    /// Runs until a shutdown is complete or all handles are gone; links kill their runners then.
+    pub async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        self.step(Event::Tick);
+        while !self.state.is_over() {
+            let deadline = self.state.next_deadline(self.now());
+            // A keep-alive of centuries is beyond the clock, and as good as none.
+            let deadline = deadline.and_then(|at| self.started.checked_add(at));
+            let tick = async {
+                match deadline {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                message = messages.recv() => match message {
+                    Some(message) => self.take(message),
+                    None => return,
+                },
+                // This task holds a sender itself, so there is always a next report.
+                Some((runner, report)) = self.reported.recv() => self.hear(runner, report),
+                () = tick => self.step(Event::Tick),
+            }
+        }
+        for closer in self.closers {
+            // Whoever asked may have given up.
+            let _ = closer.send(());
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Ask(ask) => self.ask(*ask),
+            Message::Left(ask) => self.step(Event::Left(ask)),
+            Message::Unload { name, reply } => {
+                let was_loaded = self.state.is_loaded(&name);
+                self.step(Event::Unload(name));
+                // Whoever asked may have left; so below.
+                let _ = reply.send(was_loaded);
+            }
+            Message::Ps { reply } => {
+                let _ = reply.send(self.ps());
+            }
+            Message::Shutdown { deadline, reply } => {
+                self.closers.push(reply);
+                self.step(Event::Shutdown { deadline });
+            }
+        }
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        let Ask { id, target, lease, keep_alive, work, reply } = ask;
+        let (kind, route) = match work {
+            Work::Generate(route) => (Kind::Generate, Some(route)),
+            Work::Load => (Kind::Load, None),
+            Work::Swap => (Kind::Swap, None),
+        };
+        self.clients.insert(id, Client { reply: Some(reply), route });
+        let ask = policy::Ask { id, kind, keep_alive };
+        self.step(Event::Ask { ask, target: Box::new(target), hold: Hold::new(lease) });
+    }
+
+    fn hear(&mut self, runner: RunnerId, report: Report) {
+        let event = match report {
+            Report::Started => Event::Started(runner),
+            Report::Loaded { info, context, bytes } => {
+                if let Some(linked) = self.links.get_mut(&runner) {
+                    linked.facts = Some((*info, context));
+                }
+                Event::Loaded { runner, bytes }
+            }
+            Report::Ended { id } => Event::Ended { runner, ask: id },
+            Report::Gone { cause, unfinished } => {
+                self.links.remove(&runner);
+                let mut begun = BTreeSet::new();
+                for cut in unfinished {
+                    if cut.begun {
+                        begun.insert(cut.id);
+                    }
+                    self.clients.insert(cut.id, Client { reply: None, route: Some(cut.route) });
+                }
+                Event::Gone { runner, cause, begun }
+            }
+        };
+        self.step(event);
+    }
+
+    fn step(&mut self, event: Event) {
+        let now = self.now();
+        for effect in policy::step(&mut self.state, event, now) {
+            self.act(effect);
+        }
+    }
+
+    fn act(&mut self, effect: Effect) {
+        match effect {
+            Effect::Spawn(runner) => self.spawn(runner),
+            Effect::Load { runner, model } => self.load(runner, &model),
+            Effect::Send { runner, ask, load } => self.send(runner, ask, load),
+            Effect::Cancel { runner, ask } => self.command(runner, Command::Cancel { id: ask }),
+            Effect::Stop { runner, deadline } => {
+                tracing::info!(runner, ?deadline, "runner is told to leave");
+                self.command(runner, Command::Drain { deadline });
+            }
+            Effect::Done { ask, load } => {
+                self.reply(ask, Ok(begun(load)));
+                self.clients.remove(&ask);
+            }
+            Effect::Fail { ask, fault } => self.fail(ask, fault),
+            Effect::Forget(ask) => {
+                self.clients.remove(&ask);
+            }
+        }
+    }
+
+    fn spawn(&mut self, runner: RunnerId) {
+        let (commands, inbox) = mpsc::channel(limits::LINK_COMMANDS);
+        tokio::spawn(link::run(runner, self.launch.clone(), inbox, self.reports.clone()));
+        self.links.insert(runner, Linked { commands, facts: None });
+    }
+
+    fn load(&mut self, runner: RunnerId, model: &Arc<Model>) {
+        tracing::info!(runner, model = %model.target.name, bytes = model.bytes, "load");
+        let options = LoadOptions {
+            device: "cpu".into(),
+            context: model.context,
+            slots: model.slots,
+            threads: self.threads,
+            isa: self.isa.clone(),
+        };
+        self.command(runner, Command::Load { files: model.target.files.clone(), options });
+    }
+
+    fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {
+        self.reply(ask, Ok(begun(load)));
+        if let Some(route) = self.clients.remove(&ask).and_then(|client| client.route) {
+            self.command(runner, Command::Generate { id: ask, route });
+        }
+    }
+
+    /// Ends an ask: by the call that still waits, else as the last event of its stream.
+    fn fail(&mut self, ask: AskId, fault: Fault) {
+        let Some(Client { reply, route }) = self.clients.remove(&ask) else { return };
+        // Whoever asked may have left in both cases.
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(fault));
+        } else if let Some(route) = route {
+            let _ = route.end.send(Answered::Failed(fault));
+        }
+    }
+
+    fn reply(&mut self, ask: AskId, result: Result<Begun, Fault>) {
+        if let Some(reply) = self.clients.get_mut(&ask).and_then(|client| client.reply.take()) {
+            // Whoever asked may have left; that comes as a message of its own.
+            let _ = reply.send(result);
+        }
+    }
+
+    fn command(&mut self, runner: RunnerId, command: Command) {
+        let Some(linked) = self.links.get(&runner) else { return };
+        match linked.commands.try_send(command) {
+            // A closed channel is a link that has ended: its report is on the way.
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                tracing::error!(runner, "the link takes no commands; its runner is killed");
+                // Dropping the sender kills the runner; the report of its end follows.
+                self.links.remove(&runner);
+            }
+        }
+    }
+
+    fn ps(&self) -> Vec<Loaded> {
+        let now = self.now();
+        let wall = SystemTime::now();
+        let mut lines: Vec<_> = self
+            .state
+            .loaded()
+            .filter_map(|(id, runner, model, error)| {
+                let facts = self.links.get(&id).and_then(|linked| linked.facts.clone());
+                let (info, context) =
+                    facts.or_else(|| Some((model.target.info.clone()?, model.context)))?;
+                let state = match runner.phase {
+                    Phase::Starting | Phase::Spare | Phase::Loading => State::Loading,
+                    _ if runner.is_draining() => State::Draining,
+                    _ => State::Ready,
+                };
+                let line = Loaded {
+                    name: model.target.name.clone(),
+                    digest: model.target.digest,
+                    size_bytes: runner.bytes,
+                    context,
+                    expires: runner
+                        .would_expire(now)
+                        .and_then(|at| wall.checked_add(at.saturating_sub(now))),
+                    info,
+                    state,
+                    error: error.cloned(),
+                };
+                Some((runner.used_at(), line))
+            })
+            .collect();
+        lines.sort_by_key(|(used_at, _)| std::cmp::Reverse(*used_at));
+        lines.into_iter().map(|(_, line)| line).collect()
+    }
+}
+
+fn begun(load: Duration) -> Begun {
+    Begun { load_ns: u64::try_from(load.as_nanos()).unwrap_or(u64::MAX) }
+}

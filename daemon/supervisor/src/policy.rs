@@ -1,0 +1,839 @@
+//! Which model has memory, which request runs, which waits and which is refused.
+//!
+//! Pure: [`step`] takes the state, what happened and the time, and says what to do. It starts no
+//! process, reads no clock and sends nothing, so that every rule here is tested by a table and by
+//! random histories with a simulated clock.
+//!
+//! A step first books what happened, then [`plan`](plan::settle) looks at the whole state: requests
+//! go to ready runners, models that are asked for get memory, idle ones leave. The rules:
+//!
+//! - A request is refused at once or it waits; a queue a model is bounded.
+//! - Memory is counted from the decision to load until the process is gone.
+//! - Room is made by unloading idle models, the longest idle first. A busy one gets nothing new and
+//!   leaves when its answers have ended; a running answer is never cut for memory.
+//! - A name routes to one runner. Its replacement loads beside it where both fit, else after it.
+
+use std::{
+    any::Any,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt,
+    sync::Arc,
+    time::Duration,
+};
+
+use v4_proto::{Code, Fault, ModelFiles, ModelInfo, ModelName};
+
+use crate::{KeepAlive, Target, limits};
+
+mod plan;
+#[cfg(test)]
+mod tests;
+
+/// Time since the supervisor's start.
+pub type Time = Duration;
+/// The supervisor's number for a runner process; never used again.
+pub type RunnerId = u64;
+/// The supervisor's number for an ask; the frames carry it too.
+pub type AskId = u64;
+
+/// What does not change while the daemon runs.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// Bytes that all models may take.
+    pub budget_bytes: u64,
+    /// Asks that may wait for one model.
+    pub max_queue: usize,
+    /// Sequences of one model at a time.
+    pub slots: u32,
+    /// Tokens of context a sequence gets.
+    pub context: u32,
+    /// Whether a started runner is kept ready.
+    pub spare: bool,
+    /// For loads that nobody asked for by a request.
+    pub keep_alive: KeepAlive,
+}
+
+impl Rules {
+    /// The context of a sequence: never more than the model was trained for.
+    pub fn context(&self, info: &ModelInfo) -> u32 {
+        match info.context_length {
+            0 => self.context,
+            trained => self.context.min(trained),
+        }
+    }
+
+    /// Bytes of a model with `slots` sequences: weights, KV and scratch.
+    fn bytes(&self, info: &ModelInfo, slots: u32) -> u64 {
+        let tokens = u64::from(self.context(info)) * u64::from(slots);
+        let kv = info.kv_bytes_per_token.saturating_mul(tokens);
+        info.weight_bytes.saturating_add(kv).saturating_add(limits::SCRATCH_BYTES)
+    }
+
+    /// `target` with as many sequences as fit the budget.
+    ///
+    /// # Errors
+    /// `out_of_memory` when not even one does.
+    fn fit(&self, target: Target, hold: Hold, info: &ModelInfo) -> Result<Model, Fault> {
+        let fits = |slots: &u32| self.bytes(info, *slots) <= self.budget_bytes;
+        let Some(slots) = (1..=self.slots.max(1)).rev().find(fits) else {
+            let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+            return Err(Fault::new(
+                Code::OutOfMemory,
+                format!(
+                    "{} needs {} MiB with a context of {} tokens, and v4 may use {} MiB; give it a \
+                     smaller context or take a smaller model",
+                    target.name,
+                    mib(self.bytes(info, 1)),
+                    self.context(info),
+                    mib(self.budget_bytes),
+                ),
+            ));
+        };
+        let (bytes, context) = (self.bytes(info, slots), self.context(info));
+        Ok(Model { target, context, slots, bytes, hold })
+    }
+}
+
+/// Keeps something (a lease on blobs) for as long as a model is of interest here.
+#[derive(Clone, Default)]
+pub struct Hold(Option<Arc<dyn Any + Send + Sync>>);
+
+impl Hold {
+    /// Keeps `thing`.
+    pub fn new(thing: impl Any + Send + Sync) -> Self {
+        Self(Some(Arc::new(thing)))
+    }
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Hold" } else { "-" })
+    }
+}
+
+impl PartialEq for Hold {
+    /// A hold says nothing about the model.
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+/// A model with its place in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Model {
+    /// What is loaded.
+    pub target: Target,
+    /// Tokens of context a sequence gets.
+    pub context: u32,
+    /// Sequences at a time.
+    pub slots: u32,
+    /// Bytes it needs, estimated from its header.
+    pub bytes: u64,
+    /// Keeps its blobs.
+    pub hold: Hold,
+}
+
+impl Model {
+    fn files(&self) -> &ModelFiles {
+        &self.target.files
+    }
+}
+
+/// What an ask is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// An answer.
+    Generate,
+    /// Only that the model is loaded.
+    Load,
+    /// That the name's new model takes over from the one that is loaded.
+    Swap,
+}
+
+/// One call of a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ask {
+    /// Its number.
+    pub id: AskId,
+    /// What for.
+    pub kind: Kind,
+    /// How long the model stays after it.
+    pub keep_alive: KeepAlive,
+}
+
+/// Why a runner is gone.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Cause {
+    /// It said why it cannot work, or could not be started.
+    Refused(Fault),
+    /// It crashed, hung, or broke the protocol.
+    Died,
+    /// It was told to leave.
+    Left,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A client asks.
+    Ask {
+        /// What.
+        ask: Ask,
+        /// Of which model; its `info` is known.
+        target: Box<Target>,
+        /// Keeps its blobs.
+        hold: Hold,
+    },
+    /// A client lost interest, or has its answer.
+    Left(AskId),
+    /// A runner has said `Hello`.
+    Started(RunnerId),
+    /// A runner is `Ready`.
+    Loaded {
+        /// Which.
+        runner: RunnerId,
+        /// Bytes it takes.
+        bytes: u64,
+    },
+    /// A runner has ended an answer.
+    Ended {
+        /// Which runner.
+        runner: RunnerId,
+        /// Which answer.
+        ask: AskId,
+    },
+    /// A runner's process has ended.
+    Gone {
+        /// Which.
+        runner: RunnerId,
+        /// Why.
+        cause: Cause,
+        /// Answers that were cut after their first token.
+        begun: BTreeSet<AskId>,
+    },
+    /// Somebody wants a model out of memory.
+    Unload(ModelName),
+    /// The daemon ends.
+    Shutdown {
+        /// What running answers get.
+        deadline: Duration,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Start a process and shake hands.
+    Spawn(RunnerId),
+    /// Send `Load`.
+    Load {
+        /// To which runner.
+        runner: RunnerId,
+        /// What.
+        model: Arc<Model>,
+    },
+    /// Send `Generate`.
+    Send {
+        /// To which runner.
+        runner: RunnerId,
+        /// Which ask.
+        ask: AskId,
+        /// How long it waited for the model to be loaded.
+        load: Duration,
+    },
+    /// Send `Cancel`.
+    Cancel {
+        /// To which runner.
+        runner: RunnerId,
+        /// Which ask.
+        ask: AskId,
+    },
+    /// Send `Drain`; kill it some time after the deadline.
+    Stop {
+        /// Which.
+        runner: RunnerId,
+        /// What its answers get.
+        deadline: Duration,
+    },
+    /// A `Load` or `Swap` is done.
+    Done {
+        /// Which ask.
+        ask: AskId,
+        /// How long it waited for the model to be loaded.
+        load: Duration,
+    },
+    /// An ask ends with a fault.
+    Fail {
+        /// Which ask.
+        ask: AskId,
+        /// Why.
+        fault: Fault,
+    },
+    /// An ask ends without a word: its client has left.
+    Forget(AskId),
+}
+
+/// An ask and what became of it so far.
+#[derive(Debug, Clone)]
+struct Pending {
+    ask: Ask,
+    asked_at: Time,
+    sent_at: Time,
+    /// It was on a runner that died before the first token.
+    retried: bool,
+    /// Its client has left; it only waits for the runner's word.
+    left: bool,
+}
+
+/// Where a runner stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The process was started, `Hello` has not come.
+    Starting,
+    /// It has said `Hello` and waits for a model.
+    Spare,
+    /// It loads a model.
+    Loading,
+    /// It answers.
+    Ready,
+    /// It was told to leave.
+    Stopping,
+}
+
+/// One runner process.
+#[derive(Debug, Clone)]
+pub struct Runner {
+    /// Where it stands.
+    pub phase: Phase,
+    /// What it has, or will have, in memory.
+    pub model: Option<Arc<Model>>,
+    /// Bytes it takes: the estimate, then its own figure.
+    pub bytes: u64,
+    running: BTreeMap<AskId, Pending>,
+    keep_alive: KeepAlive,
+    /// When its last answer ended, or it became ready.
+    idle_since: Time,
+    /// When it was last given work.
+    used_at: Time,
+    ready_at: Time,
+    /// Gets nothing new, for its successor needs the memory.
+    leaving: bool,
+    /// Gets nothing new, for another model needs the memory. Decided anew in each step.
+    yielding: bool,
+}
+
+impl Runner {
+    fn new() -> Self {
+        Self {
+            phase: Phase::Starting,
+            model: None,
+            bytes: 0,
+            running: BTreeMap::new(),
+            keep_alive: KeepAlive::Forever,
+            idle_since: Time::ZERO,
+            used_at: Time::ZERO,
+            ready_at: Time::ZERO,
+            leaving: false,
+            yielding: false,
+        }
+    }
+
+    /// Whether it takes requests.
+    fn is_open(&self) -> bool {
+        self.phase == Phase::Ready && !self.leaving && !self.yielding
+    }
+
+    /// Whether it is ready and has no answer to finish.
+    pub fn is_idle(&self) -> bool {
+        self.phase == Phase::Ready && self.running.is_empty()
+    }
+
+    /// Whether it finishes what it has and takes nothing new.
+    pub fn is_draining(&self) -> bool {
+        self.phase == Phase::Stopping || self.leaving || self.yielding
+    }
+
+    /// When its keep-alive ends: none while it works, or if it never does.
+    pub fn expires(&self) -> Option<Time> {
+        match self.keep_alive {
+            KeepAlive::For(time) if self.is_idle() => Some(self.idle_since.saturating_add(time)),
+            _ => None,
+        }
+    }
+
+    /// When its keep-alive ends if it has no more to do from `now` on: what a person is told.
+    pub fn would_expire(&self, now: Time) -> Option<Time> {
+        match self.keep_alive {
+            KeepAlive::For(time) if !self.is_idle() => Some(now.saturating_add(time)),
+            _ => self.expires(),
+        }
+    }
+
+    /// When it was last of use.
+    pub fn used_at(&self) -> Time {
+        self.used_at.max(self.idle_since)
+    }
+}
+
+/// All that is known of a name.
+#[derive(Debug)]
+struct Name {
+    /// What the name means.
+    want: Arc<Model>,
+    /// What it routes to.
+    runner: Option<RunnerId>,
+    /// Its successor while that loads beside it.
+    next: Option<RunnerId>,
+    /// What the name means again should its successor fail to load.
+    fallback: Option<Arc<Model>>,
+    /// The keep-alive that a successor takes over.
+    inherited: Option<KeepAlive>,
+    /// Loaded even if nobody waits: a swap is under way since then.
+    eager_since: Option<Time>,
+    queue: VecDeque<Pending>,
+    swaps: Vec<Pending>,
+    /// Files that failed to replace what is loaded, and until when they are not tried again.
+    refused: Option<(ModelFiles, Time)>,
+    error: Option<Fault>,
+    deaths: VecDeque<Time>,
+    quarantined_until: Option<Time>,
+    /// Deaths since the last answer that ended well.
+    streak: u32,
+    retry_at: Time,
+    /// A running mean of the time an answer takes.
+    service: Duration,
+}
+
+impl Name {
+    fn new(want: Arc<Model>) -> Self {
+        Self {
+            want,
+            runner: None,
+            next: None,
+            fallback: None,
+            inherited: None,
+            eager_since: None,
+            queue: VecDeque::new(),
+            swaps: Vec::new(),
+            refused: None,
+            error: None,
+            deaths: VecDeque::new(),
+            quarantined_until: None,
+            streak: 0,
+            retry_at: Time::ZERO,
+            service: Duration::from_secs(1),
+        }
+    }
+
+    /// Makes the name mean `model`. New files are a new chance after deaths.
+    fn mean(&mut self, model: Arc<Model>) {
+        if self.want.files() != model.files() {
+            self.deaths.clear();
+            self.quarantined_until = None;
+            self.streak = 0;
+            self.retry_at = Time::ZERO;
+        }
+        self.want = model;
+    }
+
+    /// Books a death and says how long the name stays out of service, if it does.
+    fn die(&mut self, now: Time) {
+        self.deaths.retain(|at| now.saturating_sub(*at) < limits::DEATH_WINDOW);
+        self.deaths.push_back(now);
+        let doubled = limits::BACKOFF_FIRST.saturating_mul(1 << self.streak.min(16));
+        self.retry_at = now + doubled.min(limits::BACKOFF_LAST);
+        self.streak = self.streak.saturating_add(1);
+        if self.deaths.len() >= limits::DEATHS {
+            self.quarantined_until = Some(now + limits::DEATH_WINDOW);
+            self.deaths.clear();
+        }
+    }
+
+    fn quarantine(&self, now: Time) -> Option<Fault> {
+        let left = self.quarantined_until?.checked_sub(now).filter(|left| !left.is_zero())?;
+        Some(Fault::new(
+            Code::Overloaded,
+            format!(
+                "{} is out of service: its process died {} times in {} minutes; the daemon's log \
+                 has its last lines; try again in {} s",
+                self.want.target.name,
+                limits::DEATHS,
+                limits::DEATH_WINDOW.as_secs() / 60,
+                left.as_secs().max(1),
+            ),
+        ))
+    }
+
+    fn full(&self) -> Fault {
+        let rounds = self.queue.len() as u64 / u64::from(self.want.slots.max(1)) + 1;
+        let seconds = self.service.as_secs_f64() * rounds as f64;
+        Fault::new(
+            Code::Overloaded,
+            format!(
+                "the queue of {} is full ({} requests wait); try again in {:.0} s",
+                self.want.target.name,
+                self.queue.len(),
+                seconds.ceil().max(1.0),
+            ),
+        )
+    }
+
+    /// Since when somebody waits for this name to be loaded, and who.
+    fn wanted_since(&self) -> Option<(Time, AskId)> {
+        let first = self.queue.front().map(|pending| (pending.asked_at, pending.ask.id));
+        first.into_iter().chain(self.eager_since.map(|since| (since, 0))).min()
+    }
+
+    /// Whether nothing of it needs to be remembered.
+    fn is_forgettable(&self, now: Time) -> bool {
+        let is_past = |time: Option<Time>| time.is_none_or(|time| time <= now);
+        self.runner.is_none()
+            && self.next.is_none()
+            && self.queue.is_empty()
+            && self.swaps.is_empty()
+            && self.eager_since.is_none()
+            && is_past(self.quarantined_until)
+            && self.deaths.iter().all(|at| now.saturating_sub(*at) >= limits::DEATH_WINDOW)
+    }
+}
+
+/// Names are looked up without regard to letter case.
+type Key = String;
+
+fn key(name: &ModelName) -> Key {
+    name.to_string().to_ascii_lowercase()
+}
+
+/// All runners and all that wait.
+#[derive(Debug)]
+pub struct State {
+    rules: Rules,
+    runners: BTreeMap<RunnerId, Runner>,
+    names: BTreeMap<Key, Name>,
+    next_runner: RunnerId,
+    spare_retry_at: Time,
+    spare_deaths: u32,
+    closing: bool,
+}
+
+impl State {
+    /// Nothing is loaded.
+    pub fn new(rules: Rules) -> Self {
+        Self {
+            rules,
+            runners: BTreeMap::new(),
+            names: BTreeMap::new(),
+            next_runner: 1,
+            spare_retry_at: Time::ZERO,
+            spare_deaths: 0,
+            closing: false,
+        }
+    }
+
+    /// The runners that have a model, and why the last attempt to replace it failed.
+    pub fn loaded(&self) -> impl Iterator<Item = (RunnerId, &Runner, &Model, Option<&Fault>)> {
+        self.runners.iter().filter_map(|(id, runner)| {
+            let model = runner.model.as_deref()?;
+            let name = self.names.get(&key(&model.target.name));
+            Some((*id, runner, model, name.and_then(|name| name.error.as_ref())))
+        })
+    }
+
+    /// Whether a name has a runner that is not on its way out.
+    pub fn is_loaded(&self, name: &ModelName) -> bool {
+        self.names.get(&key(name)).is_some_and(|name| name.runner.is_some())
+    }
+
+    /// Whether a shutdown is complete.
+    pub fn is_over(&self) -> bool {
+        self.closing && self.runners.is_empty()
+    }
+
+    /// Bytes that are taken or promised to a load that has begun.
+    pub fn used_bytes(&self) -> u64 {
+        self.runners.values().map(|runner| runner.bytes).fold(0, u64::saturating_add)
+    }
+
+    /// When [`Event::Tick`] is due at the latest. What is due already waits for another event.
+    pub fn next_deadline(&self, now: Time) -> Option<Time> {
+        let expiries = self.runners.values().filter_map(Runner::expires);
+        let names = self.names.values().flat_map(|name| {
+            let waits = name.queue.iter().chain(&name.swaps).map(|pending| pending.asked_at);
+            let give_up = waits.min().map(|at| at + limits::QUEUE_WAIT);
+            let waits_for_retry = name.runner.is_none() && name.wanted_since().is_some();
+            give_up.into_iter().chain(waits_for_retry.then_some(name.retry_at))
+        });
+        let lacks_spare = self.rules.spare && !self.closing && self.free_runner().is_none();
+        let spare = lacks_spare.then_some(self.spare_retry_at);
+        expiries.chain(names).chain(spare).filter(|at| *at > now).min()
+    }
+
+    /// A runner without a model, one that has shaken hands first.
+    fn free_runner(&self) -> Option<RunnerId> {
+        let free = |phase| {
+            let is_free = move |runner: &Runner| runner.phase == phase && runner.model.is_none();
+            self.runners.iter().find(|(_, runner)| is_free(runner)).map(|(id, _)| *id)
+        };
+        free(Phase::Spare).or_else(|| free(Phase::Starting))
+    }
+}
+
+/// One step while it is worked out.
+struct Turn {
+    now: Time,
+    effects: Vec<Effect>,
+}
+
+/// Books `event` and says what to do.
+pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
+    let mut turn = Turn { now, effects: Vec::new() };
+    match event {
+        Event::Ask { ask, target, hold } => admit(state, ask, (*target, hold), &mut turn),
+        Event::Left(ask) => leave(state, ask, &mut turn),
+        Event::Started(runner) => started(state, runner, &mut turn),
+        Event::Loaded { runner, bytes } => loaded(state, runner, bytes, &mut turn),
+        Event::Ended { runner, ask } => ended(state, runner, ask, &mut turn),
+        Event::Gone { runner, cause, begun } => gone(state, runner, cause, &begun, &mut turn),
+        Event::Unload(name) => unload(state, &name),
+        Event::Shutdown { deadline } => shutdown(state, deadline, &mut turn),
+        Event::Tick => {}
+    }
+    plan::settle(state, &mut turn);
+    turn.effects
+}
+
+/// An ask is refused at once, or waits for the plan to find it a place.
+fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut Turn) {
+    let now = turn.now;
+    let id = ask.id;
+    let mut refuse = |fault| turn.effects.push(Effect::Fail { ask: id, fault });
+    if state.closing {
+        return refuse(crate::answer::gone());
+    }
+    let Some(info) = target.info.clone() else {
+        return refuse(Fault::internal("a model was asked for before its header was read"));
+    };
+    let model = match state.rules.fit(target, hold, &info) {
+        Ok(model) => Arc::new(model),
+        Err(fault) => return refuse(fault),
+    };
+    let name =
+        state.names.entry(key(&model.target.name)).or_insert_with(|| Name::new(Arc::clone(&model)));
+    let is_refused = name.runner.is_some()
+        && name
+            .refused
+            .as_ref()
+            .is_some_and(|(files, until)| files == model.files() && now < *until);
+    // A request that looked its model up a moment ago does not turn a swap back.
+    let is_swapping = name.next.is_some() || name.eager_since.is_some();
+    if ask.kind == Kind::Swap || !(is_refused || is_swapping) {
+        if name.want.files() != model.files() {
+            name.refused = None;
+        }
+        name.mean(model);
+    }
+    if let Some(fault) = name.quarantine(now) {
+        return refuse(fault);
+    }
+    if name.queue.len() + name.swaps.len() >= state.rules.max_queue {
+        return refuse(name.full());
+    }
+    let pending = Pending { ask, asked_at: now, sent_at: now, retried: false, left: false };
+    if pending.ask.kind == Kind::Swap {
+        name.swaps.push(pending);
+    } else {
+        name.queue.push_back(pending);
+    }
+}
+
+/// A client left: a waiting ask ends here, a running one when its runner says so.
+fn leave(state: &mut State, ask: AskId, turn: &mut Turn) {
+    for name in state.names.values_mut() {
+        let before = name.queue.len() + name.swaps.len();
+        name.queue.retain(|pending| pending.ask.id != ask);
+        name.swaps.retain(|pending| pending.ask.id != ask);
+        if name.queue.len() + name.swaps.len() < before {
+            turn.effects.push(Effect::Forget(ask));
+            return;
+        }
+    }
+    for (id, runner) in &mut state.runners {
+        if let Some(pending) = runner.running.get_mut(&ask) {
+            if !pending.left {
+                pending.left = true;
+                turn.effects.push(Effect::Cancel { runner: *id, ask });
+            }
+            return;
+        }
+    }
+}
+
+fn started(state: &mut State, id: RunnerId, turn: &mut Turn) {
+    state.spare_deaths = 0;
+    let Some(runner) = state.runners.get_mut(&id) else { return };
+    if runner.phase != Phase::Starting {
+        return;
+    }
+    match &runner.model {
+        Some(model) => {
+            runner.phase = Phase::Loading;
+            turn.effects.push(Effect::Load { runner: id, model: Arc::clone(model) });
+        }
+        None => runner.phase = Phase::Spare,
+    }
+}
+
+fn loaded(state: &mut State, id: RunnerId, bytes: u64, turn: &mut Turn) {
+    let now = turn.now;
+    let Some(runner) = state.runners.get_mut(&id) else { return };
+    let (Phase::Loading, Some(model)) = (runner.phase, runner.model.clone()) else { return };
+    runner.phase = Phase::Ready;
+    runner.bytes = bytes;
+    (runner.idle_since, runner.ready_at) = (now, now);
+    let Some(name) = state.names.get_mut(&key(&model.target.name)) else { return };
+    let mut old = None;
+    if name.next == Some(id) {
+        old = name.runner.replace(id);
+        name.next = None;
+    }
+    name.fallback = None;
+    name.inherited = None;
+    name.eager_since = None;
+    if model.files() == name.want.files() {
+        if name.refused.is_none() {
+            name.error = None;
+        }
+        for swap in name.swaps.drain(..) {
+            let load = now.saturating_sub(swap.asked_at);
+            turn.effects.push(Effect::Done { ask: swap.ask.id, load });
+        }
+    }
+    if let Some(old) = old {
+        plan::stop(state, old, limits::SWAP_DRAIN, turn);
+    }
+}
+
+fn ended(state: &mut State, id: RunnerId, ask: AskId, turn: &mut Turn) {
+    let now = turn.now;
+    let Some(runner) = state.runners.get_mut(&id) else { return };
+    let Some(pending) = runner.running.remove(&ask) else { return };
+    if runner.running.is_empty() {
+        runner.idle_since = now;
+    }
+    if pending.left {
+        turn.effects.push(Effect::Forget(ask));
+    }
+    let Some(model) = &runner.model else { return };
+    if let Some(name) = state.names.get_mut(&key(&model.target.name)) {
+        name.streak = 0;
+        // A mean over about the last eight answers.
+        name.service = (name.service * 7 + now.saturating_sub(pending.sent_at)) / 8;
+    }
+}
+
+/// A process has ended. Its answers that had no token yet get one more chance.
+fn gone(state: &mut State, id: RunnerId, cause: Cause, begun: &BTreeSet<AskId>, turn: &mut Turn) {
+    let now = turn.now;
+    let Some(runner) = state.runners.remove(&id) else { return };
+    let Some(model) = runner.model else {
+        return spare_gone(state, now);
+    };
+    // A name whose runner was told to leave may have been forgotten meanwhile.
+    let name = state.names.entry(key(&model.target.name));
+    let name = name.or_insert_with(|| Name::new(Arc::clone(&model)));
+    let was_next = name.next == Some(id);
+    if name.runner == Some(id) {
+        name.runner = None;
+    }
+    if was_next {
+        name.next = None;
+    }
+    for pending in runner.running.into_values().rev() {
+        let ask = pending.ask.id;
+        if pending.left {
+            turn.effects.push(Effect::Forget(ask));
+        } else if begun.contains(&ask) || pending.retried {
+            turn.effects.push(Effect::Fail { ask, fault: died(&model.target.name) });
+        } else {
+            name.queue.push_front(Pending { retried: true, ..pending });
+        }
+    }
+    match (runner.phase, cause) {
+        (Phase::Stopping, _) => {}
+        (Phase::Ready, _) => name.die(now),
+        (_, Cause::Refused(fault)) => refused(name, &model, was_next, &fault, turn),
+        (_, _) if name.fallback.is_some() => {
+            let fault = died(&model.target.name);
+            refused(name, &model, was_next, &fault, turn);
+        }
+        (_, _) => name.die(now),
+    }
+    if state.closing {
+        fail_all(name, &crate::answer::gone(), turn);
+    } else if let Some(fault) = name.quarantine(now) {
+        fail_all(name, &fault, turn);
+    }
+}
+
+/// A load has failed for a reason that another try would not change. What was loaded before stays,
+/// or is loaded again; where there was nothing, all who wait are told.
+fn refused(name: &mut Name, model: &Arc<Model>, was_next: bool, fault: &Fault, turn: &mut Turn) {
+    let now = turn.now;
+    let Some(fallback) = name.fallback.take() else {
+        return fail_all(name, fault, turn);
+    };
+    name.error = Some(fault.clone());
+    name.refused = Some((model.files().clone(), now + limits::BACKOFF_LAST));
+    for swap in name.swaps.drain(..) {
+        turn.effects.push(Effect::Fail { ask: swap.ask.id, fault: fault.clone() });
+    }
+    name.want = fallback;
+    name.eager_since = (!was_next).then_some(now);
+}
+
+fn fail_all(name: &mut Name, fault: &Fault, turn: &mut Turn) {
+    name.eager_since = None;
+    for pending in name.queue.drain(..).chain(name.swaps.drain(..)) {
+        turn.effects.push(Effect::Fail { ask: pending.ask.id, fault: fault.clone() });
+    }
+}
+
+fn spare_gone(state: &mut State, now: Time) {
+    let doubled = limits::BACKOFF_FIRST.saturating_mul(1 << state.spare_deaths.min(16));
+    state.spare_retry_at = now + doubled.min(limits::BACKOFF_LAST);
+    state.spare_deaths = state.spare_deaths.saturating_add(1);
+}
+
+fn died(name: &ModelName) -> Fault {
+    Fault::new(
+        Code::RunnerDied,
+        format!(
+            "the process of {name} ended in the middle of the answer; ask again, and look into the \
+             daemon's log if it happens twice"
+        ),
+    )
+}
+
+/// The model leaves as soon as its answers have ended and nobody waits for it.
+fn unload(state: &mut State, name: &ModelName) {
+    let Some(name) = state.names.get_mut(&key(name)) else { return };
+    name.eager_since = None;
+    for id in name.runner.iter().chain(&name.next) {
+        if let Some(runner) = state.runners.get_mut(id) {
+            runner.keep_alive = KeepAlive::For(Duration::ZERO);
+        }
+    }
+}
+
+fn shutdown(state: &mut State, deadline: Duration, turn: &mut Turn) {
+    state.closing = true;
+    for name in state.names.values_mut() {
+        fail_all(name, &crate::answer::gone(), turn);
+    }
+    let ids: Vec<RunnerId> = state.runners.keys().copied().collect();
+    for id in ids {
+        plan::stop(state, id, deadline, turn);
+    }
+}

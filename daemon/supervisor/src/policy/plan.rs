@@ -1,0 +1,393 @@
+//! Looks at the whole state and brings it where it should be: requests onto ready runners, wanted
+//! models into memory, unused ones out of it.
+
+use std::{sync::Arc, time::Duration};
+
+use v4_proto::{Code, Fault};
+
+use super::{AskId, Effect, Key, Kind, Model, Phase, Runner, RunnerId, State, Time, Turn};
+use crate::{KeepAlive, limits};
+
+/// Applies all rules to the state after an event.
+pub(super) fn settle(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    give_up(state, turn);
+    promote(state);
+    agree(state, turn);
+    dispatch(state, turn);
+    make_room(state, turn);
+    // Those that no longer have to yield take their work up again.
+    dispatch(state, turn);
+    expire(state, turn);
+    state.names.retain(|_, name| !name.is_forgettable(now));
+    keep_spare(state, turn);
+}
+
+/// Tells a runner to leave. Its name no longer routes to it; its memory counts until it is gone.
+pub(super) fn stop(state: &mut State, id: RunnerId, deadline: Duration, turn: &mut Turn) {
+    let Some(runner) = state.runners.get_mut(&id) else { return };
+    if runner.phase == Phase::Stopping {
+        return;
+    }
+    runner.phase = Phase::Stopping;
+    turn.effects.push(Effect::Stop { runner: id, deadline });
+    for name in state.names.values_mut() {
+        if name.runner == Some(id) {
+            name.runner = None;
+        }
+        if name.next == Some(id) {
+            name.next = None;
+        }
+    }
+}
+
+/// Nobody waits for ever.
+fn give_up(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    for name in state.names.values_mut() {
+        let is_late = |at: Time| now.saturating_sub(at) >= limits::QUEUE_WAIT;
+        let late: Vec<AskId> = name
+            .queue
+            .iter()
+            .chain(&name.swaps)
+            .filter(|pending| is_late(pending.asked_at))
+            .map(|pending| pending.ask.id)
+            .collect();
+        name.queue.retain(|pending| !is_late(pending.asked_at));
+        name.swaps.retain(|pending| !is_late(pending.asked_at));
+        turn.effects.extend(late.into_iter().map(|ask| Effect::Fail {
+            ask,
+            fault: Fault::new(
+                Code::Overloaded,
+                format!(
+                    "{} did not become free within {} s; try again later",
+                    name.want.target.name,
+                    limits::QUEUE_WAIT.as_secs()
+                ),
+            ),
+        }));
+    }
+}
+
+/// A successor takes the place of a runner that died before it was ready.
+fn promote(state: &mut State) {
+    for name in state.names.values_mut() {
+        if name.runner.is_none() {
+            name.runner = name.next.take();
+        }
+    }
+}
+
+/// A name whose runner has the right files needs no swap, nor does one without a runner.
+fn agree(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    for name in state.names.values_mut() {
+        let runner = name.runner.and_then(|id| state.runners.get_mut(&id));
+        let is_settled = match runner {
+            Some(runner) => match &mut runner.model {
+                Some(model) if model.files() == name.want.files() => {
+                    // The manifest may be a newer one of the same files.
+                    *model = Arc::clone(&name.want);
+                    runner.phase == Phase::Ready
+                }
+                _ => false,
+            },
+            None => name.eager_since.is_none() && name.queue.is_empty(),
+        };
+        if is_settled {
+            for swap in name.swaps.drain(..) {
+                let load = now.saturating_sub(swap.asked_at);
+                turn.effects.push(Effect::Done { ask: swap.ask.id, load });
+            }
+        }
+    }
+}
+
+/// Gives waiting asks to ready runners, up to the slots of each.
+fn dispatch(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    for name in state.names.values_mut() {
+        let Some(id) = name.runner else { continue };
+        let Some(runner) = state.runners.get_mut(&id).filter(|runner| runner.is_open()) else {
+            continue;
+        };
+        let ready_at = runner.ready_at;
+        let slots = runner.model.as_ref().map_or(0, |model| model.slots as usize);
+        let mut waiting = std::mem::take(&mut name.queue);
+        while let Some(mut pending) = waiting.pop_front() {
+            let ask = pending.ask.id;
+            let load = ready_at.saturating_sub(pending.asked_at);
+            match pending.ask.kind {
+                Kind::Generate if runner.running.len() >= slots => {
+                    name.queue.push_back(pending);
+                    continue;
+                }
+                Kind::Generate => {
+                    pending.sent_at = now;
+                    runner.keep_alive = pending.ask.keep_alive;
+                    runner.running.insert(ask, pending);
+                    turn.effects.push(Effect::Send { runner: id, ask, load });
+                }
+                Kind::Load | Kind::Swap => {
+                    runner.keep_alive = pending.ask.keep_alive;
+                    if runner.running.is_empty() {
+                        runner.idle_since = now;
+                    }
+                    turn.effects.push(Effect::Done { ask, load });
+                }
+            }
+            runner.used_at = now;
+        }
+    }
+}
+
+/// Memory while loads are decided.
+struct Room {
+    budget: u64,
+    /// Bytes of all runners.
+    used: u64,
+    /// Of these, bytes of runners that are on their way out.
+    coming: u64,
+    /// Bytes that loads wait for which were decided on earlier.
+    promised: u64,
+}
+
+impl Room {
+    fn of(state: &State) -> Self {
+        let coming = state.runners.values().filter(|runner| runner.phase == Phase::Stopping);
+        Self {
+            budget: state.rules.budget_bytes,
+            used: state.used_bytes(),
+            coming: coming.map(|runner| runner.bytes).fold(0, u64::saturating_add),
+            promised: 0,
+        }
+    }
+
+    /// Bytes that will be there for whoever asks now, after all earlier promises.
+    fn later(&self) -> u64 {
+        let stays = self.used.saturating_sub(self.coming).saturating_add(self.promised);
+        self.budget.saturating_sub(stays)
+    }
+
+    /// Takes the bytes where they are free now and nobody before is kept waiting by it.
+    fn take(&mut self, bytes: u64) -> bool {
+        let fits = bytes <= self.budget.saturating_sub(self.used) && bytes <= self.later();
+        if fits {
+            self.used += bytes;
+        }
+        fits
+    }
+}
+
+/// Loads what is wanted, whoever waits longest first. Where memory is short, others are unloaded
+/// or drained for it.
+fn make_room(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    for runner in state.runners.values_mut() {
+        runner.yielding = false;
+    }
+    if state.closing {
+        return;
+    }
+    drain_predecessors(state, turn);
+    shed(state, turn);
+    let mut room = Room::of(state);
+    for key in wanted(state, now) {
+        let Some(name) = state.names.get(&key) else { continue };
+        let want = Arc::clone(&name.want);
+        let has_runner = name.runner.is_some();
+        if room.take(want.bytes) {
+            load(state, &key, want, turn);
+        } else if has_runner {
+            replace_later(state, &key, now);
+        } else {
+            let missing = want.bytes.saturating_sub(room.later());
+            room.coming = room.coming.saturating_add(evict(state, &key, missing, turn));
+            room.promised = room.promised.saturating_add(want.bytes);
+        }
+    }
+    drain_predecessors(state, turn);
+}
+
+/// Models whose runners took more than their headers said may have gone beyond the budget: idle
+/// ones leave, the longest idle first, but not the one that came last.
+fn shed(state: &mut State, turn: &mut Turn) {
+    let room = Room::of(state);
+    let mut over = room.used.saturating_sub(room.coming).saturating_sub(room.budget);
+    if over == 0 {
+        return;
+    }
+    let newest = state.runners.values().map(|runner| runner.ready_at).max();
+    let mut idle: Vec<(Time, RunnerId, u64)> = state
+        .runners
+        .iter()
+        .filter(|(_, runner)| runner.is_idle() && Some(runner.ready_at) != newest)
+        .map(|(id, runner)| (runner.used_at(), *id, runner.bytes))
+        .collect();
+    idle.sort_unstable();
+    for (_, id, bytes) in idle {
+        if over > 0 {
+            stop(state, id, limits::STOP, turn);
+            over = over.saturating_sub(bytes);
+        }
+    }
+}
+
+/// The names that want a load now: somebody waits and nothing loads, or the runner has other files.
+fn wanted(state: &State, now: Time) -> Vec<Key> {
+    let mut keys: Vec<((Time, AskId), &Key)> = state
+        .names
+        .iter()
+        .filter_map(|(key, name)| {
+            if name.next.is_some() || now < name.retry_at {
+                return None;
+            }
+            let Some(runner) = name.runner.and_then(|id| state.runners.get(&id)) else {
+                return Some((name.wanted_since()?, key));
+            };
+            let model = runner.model.as_ref()?;
+            let is_outdated = model.files() != name.want.files() && !runner.leaving;
+            is_outdated.then_some(((now, AskId::MAX), key))
+        })
+        .collect();
+    keys.sort();
+    keys.into_iter().map(|(_, key)| key.clone()).collect()
+}
+
+/// The successor does not fit beside the runner: that one drains first.
+fn replace_later(state: &mut State, key: &Key, now: Time) {
+    let Some(name) = state.names.get_mut(key) else { return };
+    let Some(runner) = name.runner.and_then(|id| state.runners.get_mut(&id)) else { return };
+    runner.leaving = true;
+    name.eager_since = Some(now);
+    name.inherited = Some(runner.keep_alive);
+    if runner.phase == Phase::Ready {
+        name.fallback.clone_from(&runner.model);
+    }
+}
+
+/// Runners that make place for their own successor leave when their answers have ended.
+fn drain_predecessors(state: &mut State, turn: &mut Turn) {
+    let done: Vec<RunnerId> = state
+        .runners
+        .iter()
+        .filter(|(_, runner)| runner.leaving && runner.running.is_empty())
+        .map(|(id, _)| *id)
+        .collect();
+    for id in done {
+        stop(state, id, limits::STOP, turn);
+    }
+}
+
+/// Starts a load: in the spare runner, else in one that starts, else in a new one.
+fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
+    let now = turn.now;
+    let id = state.free_runner().unwrap_or_else(|| spawn(state, turn));
+    let Some(name) = state.names.get_mut(key) else { return };
+    match name.runner {
+        None => name.runner = Some(id),
+        Some(old) => {
+            name.next = Some(id);
+            if let Some(old) = state.runners.get(&old) {
+                name.inherited = Some(old.keep_alive);
+                name.fallback.clone_from(&old.model);
+            }
+        }
+    }
+    let keep_alive = name.inherited.unwrap_or(state.rules.keep_alive);
+    let Some(runner) = state.runners.get_mut(&id) else { return };
+    runner.bytes = model.bytes;
+    runner.keep_alive = keep_alive;
+    runner.used_at = now;
+    runner.model = Some(Arc::clone(&model));
+    if runner.phase == Phase::Spare {
+        runner.phase = Phase::Loading;
+        turn.effects.push(Effect::Load { runner: id, model });
+    }
+}
+
+/// Finds `missing` bytes among the other names' runners: idle ones, the longest idle first, are
+/// unloaded; then busy ones, the longest without new work first, get nothing new. Returns how many
+/// bytes that will free.
+fn evict(state: &mut State, key: &Key, missing: u64, turn: &mut Turn) -> u64 {
+    let own = state.names.get(key).map(|name| (name.runner, name.next));
+    let is_swapping = |id: RunnerId| state.names.values().any(|name| name.next == Some(id));
+    let mut victims: Vec<(bool, Time, RunnerId, u64)> = state
+        .runners
+        .iter()
+        .filter(|(id, runner)| {
+            let is_own = own.is_some_and(|(a, b)| a == Some(**id) || b == Some(**id));
+            runner.phase == Phase::Ready
+                && !runner.leaving
+                && !runner.yielding
+                && !is_own
+                && !is_swapping(**id)
+        })
+        .map(|(id, runner)| (!runner.is_idle(), runner_age(runner), *id, runner.bytes))
+        .collect();
+    victims.sort_unstable();
+    let mut found = 0_u64;
+    let mut chosen = Vec::new();
+    for victim in victims {
+        if found >= missing {
+            break;
+        }
+        found = found.saturating_add(victim.3);
+        chosen.push(victim);
+    }
+    // A large one found late may make smaller ones needless.
+    chosen.retain(|(_, _, _, bytes)| {
+        let is_needless = found.saturating_sub(*bytes) >= missing;
+        if is_needless {
+            found -= bytes;
+        }
+        !is_needless
+    });
+    for (is_busy, _, id, _) in chosen {
+        if !is_busy {
+            stop(state, id, limits::STOP, turn);
+        } else if let Some(runner) = state.runners.get_mut(&id) {
+            runner.yielding = true;
+        }
+    }
+    found
+}
+
+/// Since when a runner is idle, or has had no new work.
+fn runner_age(runner: &Runner) -> Time {
+    if runner.is_idle() { runner.used_at() } else { runner.used_at }
+}
+
+/// Unloads what nobody has asked for within its keep-alive.
+fn expire(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    let is_waited_for =
+        |id: RunnerId| state.names.values().any(|n| n.runner == Some(id) && !n.queue.is_empty());
+    let expired: Vec<RunnerId> = state
+        .runners
+        .iter()
+        .filter(|(id, runner)| runner.expires().is_some_and(|at| at <= now) && !is_waited_for(**id))
+        .map(|(id, _)| *id)
+        .collect();
+    for id in expired {
+        stop(state, id, limits::STOP, turn);
+    }
+}
+
+/// Keeps one runner started, but not while a load needs the cores.
+fn keep_spare(state: &mut State, turn: &mut Turn) {
+    let now = turn.now;
+    let loads = |runner: &Runner| runner.phase == Phase::Loading;
+    let is_due = state.rules.spare && !state.closing && now >= state.spare_retry_at;
+    if is_due && state.free_runner().is_none() && !state.runners.values().any(loads) {
+        spawn(state, turn);
+    }
+}
+
+fn spawn(state: &mut State, turn: &mut Turn) -> RunnerId {
+    let id = state.next_runner;
+    state.next_runner += 1;
+    state.runners.insert(id, Runner { keep_alive: KeepAlive::Forever, ..Runner::new() });
+    turn.effects.push(Effect::Spawn(id));
+    id
+}
