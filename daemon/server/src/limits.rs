@@ -1,0 +1,71 @@
+//! Bounds on what a client may cost, each with its unit and reason. Bounds on a request's content
+//! (messages, stop strings) are [`v4_proto::limits`].
+
+use std::time::Duration;
+
+/// Connections open at a time, over all listeners. Leaves a quarter of the usual 1,024 descriptors
+/// of a process to runners, pulls and the store.
+pub const CONNECTIONS: usize = 768;
+
+/// Bytes of a request's line and headers together. Browsers and agents stay below 16 KiB.
+pub const HEADER_BYTES: usize = 64 << 10;
+
+/// Header lines of a request.
+pub const HEADERS: usize = 100;
+
+/// Bytes of a request's body. A conversation of this size has about eight million tokens, as many
+/// as a frame to a runner carries.
+pub const BODY_BYTES: usize = 32 << 20;
+
+/// How deep the JSON of a request may nest. Tool schemas in the wild stay below 20; the parser
+/// itself ends at 128.
+pub const JSON_DEPTH: usize = 96;
+
+/// Values in the JSON of a request, about 100 bytes of memory each at worst. 16,384 messages of
+/// eight fields are an eighth of it.
+pub const JSON_VALUES: usize = 1 << 20;
+
+/// Time from a connection's start, or the end of its last answer, to the last byte of the next
+/// header. Also how long an idle connection is kept.
+pub const HEADER_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Time without a byte of a body that is still to come.
+pub const BODY_STALL: Duration = Duration::from_secs(30);
+
+/// Time without a byte taken by a client whose answer waits. The supervisor gives up on a slow
+/// client's events earlier; this ends the connection itself.
+pub const WRITE_STALL: Duration = Duration::from_mins(1);
+
+/// Time that running answers get to end after the first signal to stop.
+pub const DRAIN: Duration = Duration::from_secs(10);
+
+/// Pause after the system refused a connection (no descriptors left), so that the refusal is not
+/// asked for in a busy loop.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes of a small role (template, system text, parameters, licence) that is read into memory.
+/// The longest licences have 100 KiB.
+pub const ROLE_BYTES: usize = 1 << 20;
+
+/// Characters of a client's text that a message repeats.
+pub const ECHO_CHARS: usize = 80;
+
+/// Threads of the control plane: it copies bytes and waits, the arithmetic is in the runners.
+pub const WORKER_THREADS: usize = 2;
+
+/// Threads at most for calls that block: the store, and a writer for each pull. They are made when
+/// needed and end when idle for ten seconds.
+pub const BLOCKING_THREADS: usize = 64;
+
+/// Models whose figures are kept in memory, some 300 bytes each.
+pub const KNOWN_MODELS: usize = 256;
+
+/// Bytes above which a body counts as large.
+pub const LARGE_BODY_BYTES: usize = 1 << 20;
+
+/// Large bodies in memory at a time; others wait. With what they are decoded into, a few hundred
+/// MiB at worst.
+pub const LARGE_BODIES: usize = 4;
+
+/// Time that threads get to end at the very last; what still runs then is cut off.
+pub const LAST_WAIT: Duration = Duration::from_secs(1);

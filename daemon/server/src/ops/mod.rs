@@ -1,0 +1,6 @@
+//! What an operation does, in domain words; no dialect.
+
+pub mod generate;
+pub mod models;
+pub mod ps;
+pub mod pull;
