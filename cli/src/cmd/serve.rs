@@ -1,0 +1,54 @@
+//! `v4 serve`: the daemon itself.
+
+use std::path::PathBuf;
+
+use crate::cmd::World;
+use crate::error::Failure;
+
+/// Run the daemon in this terminal
+///
+/// Other commands start one in the background by themselves; this is for a service manager, or to
+/// watch the log.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Where to serve HTTP: an address, a port (0 takes any free one), or off
+    ///
+    /// Without it, `V4_LISTEN` says where, else it is 127.0.0.1:11434.
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Where models are kept
+    ///
+    /// Without it, `V4_HOME` says where, else it is ~/.v4.
+    #[arg(long, value_name = "FOLDER")]
+    home: Option<PathBuf>,
+    /// Write the log to a file in the home instead of the standard error
+    #[arg(long)]
+    background: bool,
+}
+
+pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
+    let given = v4_daemon::Given {
+        home: args.home.clone(),
+        listen: args.listen.clone(),
+        background: args.background,
+    };
+    let daemon = |error: v4_daemon::ServeError| Failure::Daemon(with_causes(&error));
+    let config = v4_daemon::Config::load(&given, world.variable).map_err(daemon)?;
+    v4_daemon::serve(config).map_err(daemon)
+}
+
+/// An error and what caused it, on one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // A transparent error repeats its source's words.
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,107 @@
+//! Where the daemon is: its socket, or the address in `V4_HOST`.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+
+use v4_proto::paths;
+
+use crate::error::Failure;
+
+/// The variable that names a daemon elsewhere.
+const HOST_VARIABLE: &str = "V4_HOST";
+/// The port of an address that names none.
+const DEFAULT_PORT: u16 = 11434;
+
+/// How an environment variable is looked up. Given by `main`, the only one who asks the system.
+pub type Variable = fn(&str) -> Option<OsString>;
+
+/// What a command needs to know of the world around it.
+pub struct Place {
+    /// The home of the daemon that would be started.
+    pub home: PathBuf,
+    /// Where to connect.
+    pub target: Target,
+}
+
+/// Where to connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// The socket of this user's daemon, which may be started when nobody answers.
+    Socket(PathBuf),
+    /// A host and port that somebody else looks after.
+    Address(String),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Socket(path) => write!(f, "{}", path.display()),
+            Target::Address(address) => write!(f, "http://{address}"),
+        }
+    }
+}
+
+impl Place {
+    /// Finds out from the environment.
+    ///
+    /// # Errors
+    /// No home directory, or a `V4_HOST` that is not an address.
+    pub fn find(variable: Variable) -> Result<Self, Failure> {
+        let home = paths::home(None, variable).ok_or(Failure::Homeless)?;
+        let home = std::path::absolute(home)
+            .map_err(|source| Failure::System { what: "tell the current folder", source })?;
+        let target = match variable(HOST_VARIABLE).filter(|host| !host.is_empty()) {
+            Some(host) => Target::Address(address(&host.to_string_lossy())?),
+            None => Target::Socket(paths::socket(&home, variable)),
+        };
+        Ok(Self { home, target })
+    }
+}
+
+/// `host:port` of what a person wrote in `V4_HOST`: with or without `http://`, port and trailing
+/// slash. As everywhere, `http://` without a port means 80; a bare host means the daemon's port.
+fn address(text: &str) -> Result<String, Failure> {
+    let wrong = || {
+        Failure::Wrong(format!(
+            "V4_HOST={text} is not an address; write it as http://HOST:PORT, for example \
+             http://127.0.0.1:{DEFAULT_PORT}"
+        ))
+    };
+    let (rest, port) = match text.trim().split_once("://") {
+        None => (text.trim(), DEFAULT_PORT),
+        Some(("http", rest)) => (rest, 80),
+        Some(_) => return Err(wrong()),
+    };
+    let authority: http::uri::Authority =
+        rest.trim_end_matches('/').parse().map_err(|_| wrong())?;
+    let (host, given) = (authority.host(), authority.port_u16());
+    // What is neither host nor port is a user name, or a port beyond 65535.
+    let rest = authority.as_str().strip_prefix(host).unwrap_or("@");
+    if host.is_empty() || (given.is_none() && !rest.is_empty()) {
+        return Err(wrong());
+    }
+    Ok(format!("{host}:{}", given.unwrap_or(port)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_read_as_people_write_them() {
+        let good = [
+            ("127.0.0.1:8080", "127.0.0.1:8080"),
+            ("http://127.0.0.1:8080/", "127.0.0.1:8080"),
+            ("box", "box:11434"),
+            ("http://box", "box:80"),
+            (" [::1]:9 ", "[::1]:9"),
+        ];
+        for (text, expected) in good {
+            assert_eq!(address(text).expect(text), expected);
+        }
+        for text in ["https://x", "", "http://", "a b", "u:p@h", "x/y", "h:99999"] {
+            assert!(address(text).is_err(), "{text:?}");
+        }
+    }
+}
