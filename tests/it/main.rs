@@ -1,0 +1,18 @@
+//! Every test that needs more than one crate or a real process, in one binary.
+
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "tests read files and the environment, and say what they skip"
+)]
+
+mod bad_input;
+mod chat;
+mod cli;
+mod crash;
+mod pull;
+mod real;
+mod serve;
+mod text;
+mod tidy;

@@ -1,0 +1,194 @@
+//! `cargo xtask golden`: pages that are made from the code, so that they cannot be wrong.
+//!
+//! The numbers under `tests/golden` come from reference implementations in Python; its README says
+//! how. What is made here is `docs/reference.md`.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use v4_modelfile::library;
+use v4_proto::Code;
+
+use crate::ROOT;
+
+const PAGE: &str = "docs/reference.md";
+
+/// Files with limits, and what they bound.
+const LIMITS: &[(&str, &str)] = &[
+    ("daemon/server/src/limits.rs", "Clients"),
+    ("daemon/proto/src/limits.rs", "Frames and model files"),
+    ("daemon/pull/src/limits.rs", "Pulls"),
+    ("daemon/supervisor/src/limits.rs", "Runners"),
+    ("daemon/runner/src/limits.rs", "Inside a runner"),
+    ("daemon/store/src/limits.rs", "The store"),
+];
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only compare: fail if a committed page is not what the code says.
+    #[arg(long)]
+    check: bool,
+}
+
+/// Writes or compares the pages.
+///
+/// # Errors
+/// A source cannot be read, or the committed page differs.
+pub fn run(Args { check }: Args) -> Result<(), String> {
+    if check { self::check() } else { make() }
+}
+
+fn make() -> Result<(), String> {
+    let path = Path::new(ROOT).join(PAGE);
+    let made = page(Path::new(ROOT))?;
+    fs::create_dir_all(path.parent().expect("it has a folder")).map_err(|e| e.to_string())?;
+    fs::write(&path, made).map_err(|error| error.to_string())?;
+    println!("{PAGE} made");
+    Ok(())
+}
+
+/// Compares the committed pages with what the code says.
+///
+/// # Errors
+/// They differ, or a source cannot be read.
+pub fn check() -> Result<(), String> {
+    let committed = fs::read_to_string(Path::new(ROOT).join(PAGE)).unwrap_or_default();
+    if committed != page(Path::new(ROOT))? {
+        return Err(format!("{PAGE} is not what the code says: run `cargo xtask golden`"));
+    }
+    println!("{PAGE} is what the code says");
+    Ok(())
+}
+
+fn page(root: &Path) -> Result<String, String> {
+    let read = |path: &str| {
+        fs::read_to_string(root.join(path)).map_err(|error| format!("{path}: {error}"))
+    };
+    let mut page =
+        "# Reference\n\nMade from the code by `cargo xtask golden`; not edited by hand.\n"
+            .to_owned();
+    settings(&mut page, &read("daemon/server/src/config.rs")?);
+    codes(&mut page, &read("daemon/proto/src/fault.rs")?, &read("daemon/server/src/error.rs")?)?;
+    models(&mut page);
+    page.push_str("\n## Limits\n");
+    for (path, title) in LIMITS {
+        let _ = writeln!(page, "\n### {title}\n\n| limit | value | what and why |\n|---|---|---|");
+        for (name, value, why) in constants(&read(path)?) {
+            let _ = writeln!(page, "| `{name}` | `{value}` | {why} |");
+        }
+    }
+    Ok(page)
+}
+
+/// The fields of the daemon's settings whose comment names a variable.
+fn settings(page: &mut String, source: &str) {
+    page.push_str(
+        "\n## Settings\n\nRead once, when the daemon starts. A switch of `v4 serve` comes before its \
+         variable.\n\n| variable | what it says |\n|---|---|\n",
+    );
+    for (comment, _) in commented(source, "pub ") {
+        let variable = comment.split('`').find(|word| word.starts_with("V4_"));
+        if let Some(variable) = variable {
+            let said = comment.replacen(&format!(" (`{variable}`)"), "", 1);
+            let said = said.replace("`None` (written `off`)", "`off`").replace("`None`", "not set");
+            let _ = writeln!(page, "| `{variable}` | {said} |");
+        }
+    }
+    page.push_str(
+        "\nThe other commands know `V4_HOME` and `V4_SOCKET` too, and `V4_HOST`: the daemon at \
+         `http://HOST:PORT` instead of this user's own.\n",
+    );
+}
+
+/// Every error code with its status and meaning.
+fn codes(page: &mut String, faults: &str, statuses: &str) -> Result<(), String> {
+    page.push_str(
+        "\n## Error codes\n\nThe list is closed. A stream that has begun ends with an error event \
+         instead of a status.\n\n| code | status | meaning |\n|---|---|---|\n",
+    );
+    for code in Code::ALL {
+        let variant = format!("{code:?}");
+        let name = serde_json::to_value(code).map_err(|error| error.to_string())?;
+        let meaning = commented(faults, "")
+            .into_iter()
+            .find(|(_, line)| line.trim_end_matches(',') == variant)
+            .map(|(comment, _)| comment)
+            .ok_or_else(|| format!("{variant} has no comment"))?;
+        // The table in the tests of `server::error` names every code with its number.
+        let status = statuses
+            .split(&format!("(Code::{variant}, "))
+            .nth(1)
+            .and_then(|rest| rest.split(',').next())
+            .ok_or_else(|| format!("{variant} has no status in the table of server::error"))?;
+        let name = name.as_str().unwrap_or_default();
+        let _ = writeln!(page, "| `{name}` | {status} | {meaning} |");
+    }
+    Ok(())
+}
+
+/// The library of models.
+fn models(page: &mut String) {
+    page.push_str(
+        "\n## Models that ship as names\n\n| name | bytes | sha256 | from |\n|---|---|---|---|\n",
+    );
+    for entry in library::all() {
+        let modelfile = entry.modelfile();
+        for file in modelfile.files() {
+            let size = file.size.map(|size| size.to_string()).unwrap_or_default();
+            let digest = file.digest.unwrap_or_default().trim_start_matches("sha256:");
+            let sources = file.sources.iter().copied().flatten().map(|part| format!("`{part}`"));
+            let sources = sources.collect::<Vec<_>>().join("<br>");
+            let _ = writeln!(page, "| `{}` | {size} | `{digest}` | {sources} |", entry.name());
+        }
+    }
+}
+
+/// The constants of a source: name, value, comment.
+fn constants(source: &str) -> Vec<(String, String, String)> {
+    let mut found = Vec::new();
+    for (comment, line) in commented(source, "") {
+        let line = line.strip_prefix("pub(crate) ").or(line.strip_prefix("pub ")).unwrap_or(line);
+        let Some(rest) = line.strip_prefix("const ") else { continue };
+        let Some((name, value)) = rest.split_once(':') else { continue };
+        let value = value.split_once('=').map_or("", |(_, value)| value);
+        let value = value.trim().trim_end_matches(';');
+        found.push((name.to_owned(), value.to_owned(), comment.replace('|', "\\|")));
+    }
+    found
+}
+
+/// Every doc comment of the product, joined, with the line it stands above when that begins with
+/// `prefix`.
+fn commented<'a>(source: &'a str, prefix: &str) -> Vec<(String, &'a str)> {
+    let product = source.split("#[cfg(test)]").next().unwrap_or_default();
+    let mut found = Vec::new();
+    let mut comment = String::new();
+    for line in product.lines().map(str::trim) {
+        if let Some(text) = line.strip_prefix("///") {
+            if !comment.is_empty() {
+                comment.push(' ');
+            }
+            comment.push_str(&text.trim().replace("[`", "`").replace("`]", "`"));
+        } else if !line.starts_with("#[") {
+            if !comment.is_empty() && line.starts_with(prefix) {
+                found.push((comment.clone(), line));
+            }
+            comment.clear();
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comments_belong_to_the_line_below_them() {
+        let source = "/// One\n/// more.\n#[attr]\npub const A: u64 = 1 << 2;\n\nconst B: u8 = 3;\n\
+                      #[cfg(test)]\n/// Not this.\nconst C: u8 = 4;\n";
+        let expected = [("A".to_owned(), "1 << 2".to_owned(), "One more.".to_owned())];
+        assert_eq!(constants(source), expected);
+    }
+}
