@@ -77,6 +77,9 @@ pub enum Failure {
     /// The daemon itself ended badly.
     #[error("{0}")]
     Daemon(String),
+    /// Another daemon has the home, in the daemon's words.
+    #[error("{0}")]
+    HomeTaken(String),
 }
 
 impl Failure {

@@ -50,7 +50,10 @@ fn main() -> ExitCode {
         Err(Failure::Stopped) => ExitCode::from(STOPPED),
         Err(failure) => {
             output::note(&format!("error: {failure}"));
-            ExitCode::FAILURE
+            match failure {
+                Failure::HomeTaken(_) => ExitCode::from(start::TAKEN),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -20,6 +20,8 @@ pub type Variable = fn(&str) -> Option<OsString>;
 pub struct Place {
     /// The home of the daemon that would be started.
     pub home: PathBuf,
+    /// The log of the daemon that would be started.
+    pub log: PathBuf,
     /// Where to connect.
     pub target: Target,
 }
@@ -43,19 +45,23 @@ impl fmt::Display for Target {
 }
 
 impl Place {
-    /// Finds out from the environment.
+    /// Finds out from the environment. All paths are absolute: the daemon runs in another folder.
     ///
     /// # Errors
     /// No home directory, or a `V4_HOST` that is not an address.
     pub fn find(variable: Variable) -> Result<Self, Failure> {
         let home = paths::home(None, variable).ok_or(Failure::Homeless)?;
-        let home = std::path::absolute(home)
-            .map_err(|source| Failure::System { what: "tell the current folder", source })?;
+        let absolute = |path: PathBuf| {
+            std::path::absolute(path)
+                .map_err(|source| Failure::System { what: "tell the current folder", source })
+        };
+        let home = absolute(home)?;
+        let log = paths::log(variable).unwrap_or_else(|| home.join(paths::LOG_FILE));
         let target = match variable(HOST_VARIABLE).filter(|host| !host.is_empty()) {
             Some(host) => Target::Address(address(&host.to_string_lossy())?),
-            None => Target::Socket(paths::socket(&home, variable)),
+            None => Target::Socket(absolute(paths::socket(&home, variable))?),
         };
-        Ok(Self { home, target })
+        Ok(Self { home, log: absolute(log)?, target })
     }
 }
 
@@ -87,6 +93,20 @@ fn address(text: &str) -> Result<String, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn relative_paths_are_those_of_the_current_folder() {
+        let place = Place::find(|name| match name {
+            "V4_HOME" => Some("h".into()),
+            "V4_SOCKET" => Some("s".into()),
+            "V4_LOG_FILE" => Some("l".into()),
+            _ => None,
+        });
+        let place = place.expect("a place");
+        let here = std::env::current_dir().expect("a current folder");
+        assert_eq!((place.home, place.log), (here.join("h"), here.join("l")));
+        assert_eq!(place.target, Target::Socket(here.join("s")));
+    }
 
     #[test]
     fn hosts_are_read_as_people_write_them() {

@@ -47,7 +47,7 @@ pub fn run(client: &Client, runtime: &Runtime, session: Session) -> Result<(), F
         while lines.next().await?.is_some() {}
         Ok::<_, Failure>(())
     };
-    runtime.block_on(loaded)?;
+    wait(runtime, loaded)?;
     output::note("Ask anything. /? lists the commands, /bye leaves.");
     let mut keys = Keys::new(client.place().home.join(paths::HISTORY_FILE))?;
     let mut chat = Chat { client, runtime, session, messages: Vec::new() };
@@ -56,10 +56,30 @@ pub fn run(client: &Client, runtime: &Runtime, session: Session) -> Result<(), F
             Ok(true) => {}
             Ok(false) => break,
             Err(failure @ (Failure::ReaderLeft | Failure::Output(_))) => return Err(failure),
+            // The person's ^C stands on the line: begin a new one.
+            Err(Failure::Stopped) => output::note(""),
             Err(failure) => output::note(&format!("error: {failure}")),
         }
     }
     Ok(())
+}
+
+/// Does `work`, unless Ctrl-C stops it. All waiting in a chat is done here or in [`answer::ask`]:
+/// once one of them has asked for the signal, it ends the program no more.
+///
+/// # Errors
+/// [`Failure::Stopped`], or those of `work`.
+fn wait<T>(
+    runtime: &Runtime,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    runtime.block_on(async {
+        tokio::select! {
+            biased;
+            Ok(()) = tokio::signal::ctrl_c() => Err(Failure::Stopped),
+            done = work => done,
+        }
+    })
 }
 
 /// What came from the keyboard.
@@ -315,7 +335,7 @@ impl Chat<'_> {
     fn show(&self, part: Option<&'static str>) -> Result<(), Failure> {
         let body = json!({ "model": self.session.name.to_string() });
         let call = self.client.call(Method::POST, "/api/show", Some(&body));
-        let shown = self.runtime.block_on(call)?;
+        let shown = wait(self.runtime, call)?;
         let text = match part {
             None => show::overview(&shown, false),
             Some(part) => show::part(&shown, part),

@@ -7,62 +7,80 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use v4_proto::paths;
 
 use crate::client;
 use crate::error::Failure;
-use crate::place::Place;
+use crate::place::{Place, Target};
 
-/// How long a daemon may take until it accepts connections.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
-/// How long we go on looking after our daemon ended: somebody else's may have won the race for the
-/// home and be about to listen.
+/// The status of a daemon that ended because another has its home.
+pub const TAKEN: u8 = 75;
+
+/// How long it may take until a daemon accepts connections. One that is ending keeps the home for
+/// up to 17 s, until its answers and then its runners have ended; as much again and more is for the
+/// fresh one on a cold disk.
+const READY_DEADLINE: Duration = Duration::from_secs(40);
+/// How long we go on looking after our daemon ended, before we start another or give up: somebody
+/// else's may have won the race for the home and be about to listen.
 const RIVAL_DEADLINE: Duration = Duration::from_secs(1);
 /// How often we try to connect. An attempt on a socket costs microseconds.
 const ATTEMPT_EVERY: Duration = Duration::from_millis(10);
 /// Bytes of the daemon's last words that we read.
 const LAST_WORDS_BYTES: u64 = 8192;
 
-/// Starts `v4 serve --background` and waits until it accepts connections.
+/// Starts `v4 serve --background` and waits until it accepts connections. While another daemon has
+/// the home, it is either about to listen or about to end: then we look and start again.
 ///
 /// # Errors
 /// [`Failure::Start`] with the daemon's own words, or [`Failure::SlowStart`].
 pub async fn daemon(place: &Place) -> Result<(), Failure> {
-    let mut child = spawn(&place.home)?;
-    let mut end = Instant::now() + READY_DEADLINE;
-    let mut is_running = true;
-    let mut attempts = interval(ATTEMPT_EVERY);
-    attempts.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    while Instant::now() < end {
-        tokio::select! {
-            _ = child.wait(), if is_running => {
-                is_running = false;
-                end = end.min(Instant::now() + RIVAL_DEADLINE);
+    let end = Instant::now() + READY_DEADLINE;
+    loop {
+        let mut child = spawn(place)?;
+        let ended = tokio::select! {
+            () = answers(&place.target) => return Ok(()),
+            ended = child.wait() => ended,
+            () = sleep_until(end) => {
+                let seconds = READY_DEADLINE.as_secs();
+                return Err(Failure::SlowStart { seconds, log: place.log.clone() });
             }
-            _ = attempts.tick() => {
-                if client::is_there(&place.target).await {
-                    return Ok(());
-                }
-            }
+        };
+        if timeout(RIVAL_DEADLINE, answers(&place.target)).await.is_ok() {
+            return Ok(());
+        }
+        let is_taken = ended.is_ok_and(|status| status.code() == Some(TAKEN.into()));
+        if !is_taken || Instant::now() >= end {
+            return Err(Failure::Start(last_words(&mut child, &place.log).await));
         }
     }
-    if is_running {
-        let seconds = READY_DEADLINE.as_secs();
-        return Err(Failure::SlowStart { seconds, log: place.home.join(paths::LOG_FILE) });
-    }
-    Err(Failure::Start(last_words(&mut child, &place.home).await))
 }
 
-fn spawn(home: &Path) -> Result<Child, Failure> {
+/// Ends when somebody accepts connections at `target`.
+async fn answers(target: &Target) {
+    let mut attempts = interval(ATTEMPT_EVERY);
+    attempts.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        attempts.tick().await;
+        if client::is_there(target).await {
+            return;
+        }
+    }
+}
+
+fn spawn(place: &Place) -> Result<Child, Failure> {
     let system = |source| Failure::System { what: "start the v4 daemon", source };
     let mut command = Command::new(executable().map_err(system)?);
+    if let Target::Socket(socket) = &place.target {
+        command.env(paths::SOCKET_VARIABLE, socket);
+    }
     command
         .arg0("v4")
         .arg("serve")
         .arg("--background")
         .arg("--home")
-        .arg(home)
+        .arg(&place.home)
+        .env(paths::LOG_VARIABLE, &place.log)
         // A daemon that outlives the terminal must not keep a folder of it busy, nor get its
         // Ctrl-C.
         .current_dir("/")
@@ -81,7 +99,7 @@ fn executable() -> io::Result<PathBuf> {
 }
 
 /// What the daemon wrote before it ended, without the `error: ` that we put in front again.
-async fn last_words(child: &mut Child, home: &Path) -> String {
+async fn last_words(child: &mut Child, log: &Path) -> String {
     let mut words = Vec::new();
     if let Some(stderr) = child.stderr.take() {
         // What was read until the deadline is worth showing whatever ended the reading.
@@ -91,7 +109,6 @@ async fn last_words(child: &mut Child, home: &Path) -> String {
     let words = String::from_utf8_lossy(&words);
     let said = words.trim().strip_prefix("error: ").unwrap_or(words.trim()).to_owned();
     if said.is_empty() {
-        let log = home.join(paths::LOG_FILE);
         return format!("the v4 daemon ended while it started; its log is {}", log.display());
     }
     said

@@ -449,17 +449,24 @@ static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     for (size_t g = 0; g < cols / V4_ACT_GROUP; g++) {
-        __m256 v[4], largest = _mm256_setzero_ps();
+        __m256 v[4];
+        __m256i largest = _mm256_setzero_si256();
         for (int i = 0; i < 4; i++) {
             v[i] = _mm256_loadu_ps(x + g * V4_ACT_GROUP + (size_t)i * LANES);
-            largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v[i]));
+            const __m256 magnitude = _mm256_andnot_ps(sign, v[i]);
+            largest = _mm256_max_epi32(largest, _mm256_castps_si256(magnitude));
         }
-        __m128 four =
-            _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
-        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-        const float max = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-        d[g] = max / 127;
-        const __m256 inverse = _mm256_set1_ps(max > 0 ? 127 / max : 0);
+        __m128i four = _mm_max_epi32(_mm256_castsi256_si128(largest),
+                                     _mm256_extracti128_si256(largest, 1));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+        const float factor = v4_act_scale(_mm_cvtsi128_si32(four), d + g);
+        if (factor == 0) {
+            memset(q + g * V4_ACT_GROUP, 0, V4_ACT_GROUP);
+            sum[2 * g] = sum[2 * g + 1] = 0;
+            continue;
+        }
+        const __m256 inverse = _mm256_set1_ps(factor);
         __m256i i32[4];
         for (int i = 0; i < 4; i++) {
             i32[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
@@ -500,7 +507,8 @@ static void rms_norm(const float *x, const float *weight, size_t n, float eps, f
  * of Taylor. 2^n is two factors, so that subnormal results are right. */
 ALWAYS_INLINE __m256 exponential(__m256 x)
 {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-106)), _mm256_set1_ps(89));
+    /* Of a NaN and a number, these take the second operand: NaN stays. */
+    x = _mm256_min_ps(_mm256_set1_ps(89), _mm256_max_ps(_mm256_set1_ps(-106), x));
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);

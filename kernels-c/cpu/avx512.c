@@ -861,9 +861,15 @@ static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *
     for (size_t g = 0; g < cols / V4_ACT_GROUP; g++) {
         const __m512 a = _mm512_loadu_ps(x + g * V4_ACT_GROUP);
         const __m512 b = _mm512_loadu_ps(x + g * V4_ACT_GROUP + LANES);
-        const float max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-        d[g] = max / 127;
-        const __m512 inverse = _mm512_set1_ps(max > 0 ? 127 / max : 0);
+        const __m512i largest = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)),
+                                                 _mm512_castps_si512(_mm512_abs_ps(b)));
+        const float factor = v4_act_scale(_mm512_reduce_max_epi32(largest), d + g);
+        if (factor == 0) {
+            memset(q + g * V4_ACT_GROUP, 0, V4_ACT_GROUP);
+            sum[2 * g] = sum[2 * g + 1] = 0;
+            continue;
+        }
+        const __m512 inverse = _mm512_set1_ps(factor);
         const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
         const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
         int8_t *to = q + g * V4_ACT_GROUP;
@@ -937,7 +943,8 @@ static void rope(enum v4_rope kind, float *x, size_t n_heads, size_t head_dim, c
  * coefficients are those of the Taylor series, the last ones moved to even out the error. */
 ALWAYS_INLINE __m512 exponential(__m512 x)
 {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-106)), _mm512_set1_ps(89));
+    /* Of a NaN and a number, these take the second operand: NaN stays. */
+    x = _mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-106), x));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -1138,7 +1145,8 @@ static void softmax_tile(float *x, size_t n, float *max, float *sum)
     __m512 largest = _mm512_set1_ps(-INFINITY);
     for (size_t i = 0; i < n; i += LANES) {
         const __mmask16 mask = first_lanes(n - i);
-        largest = _mm512_mask_max_ps(largest, mask, largest, _mm512_maskz_loadu_ps(mask, x + i));
+        /* In this order a NaN in x is passed over. */
+        largest = _mm512_mask_max_ps(largest, mask, _mm512_maskz_loadu_ps(mask, x + i), largest);
     }
     *max = _mm512_reduce_max_ps(largest);
     const __m512 shift = _mm512_set1_ps(*max == -INFINITY ? 0 : *max);

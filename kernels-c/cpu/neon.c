@@ -416,14 +416,18 @@ static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float 
 static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *sum)
 {
     for (size_t g = 0; g < cols / V4_ACT_GROUP; g++) {
-        float32x4_t v[8], largest = vdupq_n_f32(0);
+        float32x4_t v[8];
+        int32x4_t largest = vdupq_n_s32(0);
         for (size_t i = 0; i < 8; i++) {
             v[i] = vld1q_f32(x + g * V4_ACT_GROUP + i * LANES);
-            largest = vmaxq_f32(largest, vabsq_f32(v[i]));
+            largest = vmaxq_s32(largest, vreinterpretq_s32_f32(vabsq_f32(v[i])));
         }
-        const float max = vmaxvq_f32(largest);
-        d[g] = max / 127;
-        const float inverse = max > 0 ? 127 / max : 0;
+        const float inverse = v4_act_scale(vmaxvq_s32(largest), d + g);
+        if (inverse == 0) {
+            memset(q + g * V4_ACT_GROUP, 0, V4_ACT_GROUP);
+            sum[2 * g] = sum[2 * g + 1] = 0;
+            continue;
+        }
         for (size_t half = 0; half < 2; half++) {
             int16x4_t part[4];
             for (size_t i = 0; i < 4; i++) {

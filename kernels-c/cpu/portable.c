@@ -186,14 +186,14 @@ static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float 
 static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *sum)
 {
     for (size_t i = 0; i < cols; i += V4_ACT_GROUP) {
-        float max = 0;
+        int32_t max = 0;
         for (size_t k = i; k < i + V4_ACT_GROUP; k++) {
-            max = fmaxf(max, fabsf(x[k]));
+            const int32_t bits = v4_magnitude_bits(x[k]);
+            max = bits > max ? bits : max;
         }
-        d[i / V4_ACT_GROUP] = max / 127;
-        const float inverse = max > 0 ? 127 / max : 0;
+        const float inverse = v4_act_scale(max, d + i / V4_ACT_GROUP);
         for (size_t k = i; k < i + V4_ACT_GROUP; k++) {
-            q[k] = (int8_t)lrintf(x[k] * inverse);
+            q[k] = inverse > 0 ? (int8_t)lrintf(x[k] * inverse) : 0;
         }
         for (size_t s = i; s < i + V4_ACT_GROUP; s += V4_SUM_GROUP) {
             int total = 0;

@@ -127,7 +127,8 @@ struct v4_isa {
                      size_t out_stride);
 
     /* A row of activations to int8: in each group d = max|x| / 127 and q = x * (127 / max|x|), to
-     * nearest, ties to even; all 0 where max|x| is.
+     * nearest, ties to even. Where 127 / max|x| is beyond a float all q are 0. So they are where an
+     * x is NaN or infinite; d is NaN then, and with it the products.
      *   x [cols], q [cols], d [cols / V4_ACT_GROUP], sum [cols / V4_SUM_GROUP] */
     void (*quantize)(const float *x, size_t cols, int8_t *q, float *d, int16_t *sum);
 
@@ -150,7 +151,8 @@ struct v4_isa {
                         size_t score_stride);
 
     /* x = e^(x - max x) in place, and what a softmax over several tiles needs beside it. A tile of
-     * nothing but -infinity becomes zeros, with sum 0 and max -infinity.
+     * nothing but -infinity becomes zeros, with sum 0 and max -infinity. NaN stays NaN, makes the
+     * sum NaN, and is no maximum.
      *   x         [n], n > 0
      *   max, sum  [1] the largest x, the sum of the results */
     void (*softmax_tile)(float *x, size_t n, float *max, float *sum);

@@ -84,4 +84,22 @@ V4_INLINE float v4_load_f16(const uint8_t *p)
     return v4_f32_of_f16(v4_load_u16(p));
 }
 
+/* |x| as bits, which as whole numbers have the order of what they stand for: then infinity, then
+ * NaN. So the largest tells of either at no cost. */
+V4_INLINE int32_t v4_magnitude_bits(float x)
+{
+    return (int32_t)(v4_bits_of_float(x) & INT32_MAX);
+}
+
+/* The scale of a group of activations whose largest has these v4_magnitude_bits, and what to
+ * multiply them with: 0 if all their q are 0. See `quantize` in v4.h. */
+V4_INLINE float v4_act_scale(int32_t largest, float *d)
+{
+    const int32_t infinity = 0x7f800000;
+    const float max = v4_float_of_bits((uint32_t)largest);
+    const float inverse = 127 / max;
+    *d = largest < infinity ? max / 127 : v4_float_of_bits(0x7fc00000);
+    return largest < infinity && v4_magnitude_bits(inverse) < infinity ? inverse : 0;
+}
+
 #endif

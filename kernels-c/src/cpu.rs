@@ -17,6 +17,9 @@ use crate::pool::Pool;
 use isa::{Isa, Rows};
 use memory::Spread;
 
+/// Query heads that may share a KV head: the most of [`Attention::n_heads`] over
+/// [`KvShape::n_kv_heads`].
+pub use attention::QUERY_ROWS as MAX_QUERY_GROUP;
 pub use memory::{HostBuffer, HostKv};
 
 /// Floats of a share of the cheap operations: some microseconds, beneath which a thread is not

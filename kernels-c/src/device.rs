@@ -186,7 +186,7 @@ pub struct Rope {
 /// What one sequence contributes to a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
-    /// Its first row in the batch.
+    /// Its first row in the batch; not before the end of the span before it.
     pub first_row: usize,
     /// Its rows: consecutive positions that end at `kv_len - 1`.
     pub n_rows: usize,

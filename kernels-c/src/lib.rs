@@ -18,7 +18,7 @@ pub mod pool;
 pub mod probe;
 pub mod quant;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, MAX_QUERY_GROUP};
 pub use device::{
     Activation, Attention, Buffer, Device, DeviceError, KvCache, KvShape, KvType, Linear, Matrix,
     Rope, RopeKind, Span,

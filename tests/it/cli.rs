@@ -73,6 +73,25 @@ fn the_first_command_starts_one_daemon_however_many_come_first() {
 }
 
 #[test]
+fn a_command_waits_for_a_daemon_that_is_about_to_end() {
+    let home = Home::new();
+    home.put_golden("tiny", TINY);
+    let _background = Background(&home);
+    let elsewhere = home.beside().join("elsewhere.sock");
+    let mut old = v4(&home, &["serve"]).env("V4_SOCKET", &elsewhere).spawn().expect("v4 starts");
+    until("the old daemon", || elsewhere.exists().then_some(()));
+    thread::scope(|scope| {
+        let list = scope.spawn(|| run(&mut v4(&home, &["list"]), ""));
+        until("a new daemon", || (!serving(&home.path()).is_empty()).then_some(()));
+        until("its end, as the home is taken", || serving(&home.path()).is_empty().then_some(()));
+        signal(old.id(), Signal::TERM);
+        let list = list.join().expect("no panic");
+        assert!(list.success().contains("tiny:latest") && list.stderr.is_empty(), "{list:?}");
+    });
+    assert!(process::wait(&mut old).success());
+}
+
+#[test]
 fn why_a_daemon_does_not_start_is_shown_at_once() {
     let home = Home::new();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

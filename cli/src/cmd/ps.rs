@@ -43,7 +43,10 @@ fn table(loaded: &Value, prefix: &str, now: Timestamp) -> String {
                 human::size(number("size")),
                 processor(number("size"), number("size_vram")),
                 number("context_length").to_string(),
-                human::when(text("expires_at"), now),
+                match text("state") {
+                    "draining" => "Stopping...".to_owned(),
+                    _ => human::when(text("expires_at"), now),
+                },
             ]
         })
         .collect();
@@ -80,7 +83,7 @@ mod tests {
 
     #[test]
     fn loaded_models_are_a_table() {
-        let loaded = json!({"models": [{
+        let mut loaded = json!({"models": [{
             "name": "smollm2:latest", "digest": "b1".repeat(32), "size": 200_000_000, "size_vram": 0,
             "context_length": 2048, "expires_at": "2026-11-23T12:04:30Z",
         }]});
@@ -88,5 +91,7 @@ mod tests {
         let text = table(&loaded, "", now);
         let row = "smollm2:latest    b1b1b1b1b1b1    200 MB    100% CPU     2048       4 minutes from now";
         assert_eq!(text.lines().nth(1), Some(row));
+        loaded["models"][0]["state"] = json!("draining");
+        assert!(table(&loaded, "", now).contains("Stopping..."));
     }
 }

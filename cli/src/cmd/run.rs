@@ -14,7 +14,7 @@ use crate::place::Place;
 use crate::{output, pulling, repl};
 
 /// Bytes of piped text that are read as part of a prompt: far more than any context holds.
-const PIPED_BYTES: u64 = 32 << 20;
+const PIPED_BYTES: usize = 32 << 20;
 
 /// Ask a model, or chat with it
 ///
@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// How daring the choice of words is; 0 always takes the likeliest
-    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, value_parser = finite)]
     temperature: Option<f64>,
     /// Make the choice of words repeatable
     #[arg(long, value_name = "NUMBER")]
@@ -42,8 +42,24 @@ pub struct Args {
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
     num_predict: Option<i64>,
     /// How long the model stays loaded afterwards: 10m, 1h, 0, -1 for ever
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
-    keepalive: Option<String>,
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = time)]
+    keepalive: Option<Value>,
+}
+
+/// A number that JSON can carry.
+fn finite(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "it is not a number".to_owned())?;
+    if number.is_finite() { Ok(number) } else { Err("it must be a finite number".to_owned()) }
+}
+
+/// A time as the API takes it: a bare number means seconds only as a number. What a unit means is
+/// for the daemon to say.
+fn time(text: &str) -> Result<Value, String> {
+    if text.parse::<f64>().is_err() {
+        return Ok(Value::from(text));
+    }
+    let seconds = finite(text).map_err(|why| format!("{why}; -1 is for ever"))?;
+    Ok(Value::from(seconds))
 }
 
 pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
@@ -83,16 +99,11 @@ impl Session {
         ];
         let options =
             given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
-        // A bare number means seconds to the API only as a number.
-        let keep_alive = args
-            .keepalive
-            .as_deref()
-            .map(|time| time.parse::<f64>().map_or_else(|_| Value::from(time), Value::from));
         Ok(Self {
             name: args.model.parse()?,
             system: args.system.clone(),
             options,
-            keep_alive,
+            keep_alive: args.keepalive.clone(),
             is_verbose: args.verbose,
         })
     }
@@ -140,14 +151,27 @@ fn prompt(words: &[String]) -> Result<Option<String>, Failure> {
     if stdin.is_terminal() {
         return Ok(join("", &words.join(" ")));
     }
-    let mut piped = String::new();
-    stdin.lock().take(PIPED_BYTES).read_to_string(&mut piped).map_err(Failure::Input)?;
+    let piped = piped(stdin.lock(), PIPED_BYTES)?;
     match join(&piped, &words.join(" ")) {
         Some(prompt) => Ok(Some(prompt)),
         None => Err(Failure::Wrong(
             "there is nothing to ask: give a prompt, or text on the standard input".to_owned(),
         )),
     }
+}
+
+/// The text that `from` holds, at most `limit` bytes of it.
+fn piped(from: impl io::Read, limit: usize) -> Result<String, Failure> {
+    let mut bytes = Vec::new();
+    let one_more = u64::try_from(limit).map_or(u64::MAX, |limit| limit.saturating_add(1));
+    from.take(one_more).read_to_end(&mut bytes).map_err(Failure::Input)?;
+    if bytes.len() > limit {
+        return Err(Failure::Wrong(format!(
+            "the text on the standard input has more than {limit} bytes; give less of it"
+        )));
+    }
+    String::from_utf8(bytes)
+        .map_err(|error| Failure::Input(io::Error::new(io::ErrorKind::InvalidData, error)))
 }
 
 /// Piped text, a blank line, then what was asked of it. `None` when both are blank.
@@ -166,9 +190,12 @@ mod tests {
 
     use super::*;
 
+    fn matches(line: &[&str]) -> Result<clap::ArgMatches, clap::Error> {
+        Args::augment_args(Command::new("run").no_binary_name(true)).try_get_matches_from(line)
+    }
+
     fn session(line: &[&str]) -> Session {
-        let command = Args::augment_args(Command::new("run").no_binary_name(true));
-        let matched = command.try_get_matches_from(line).expect("a command line");
+        let matched = matches(line).expect("a command line");
         Session::new(&Args::from_arg_matches(&matched).expect("arguments")).expect("a session")
     }
 
@@ -197,6 +224,24 @@ mod tests {
         let expected = json!({"model": "m:latest", "keep_alive": -1.0,
             "options": {"temperature": 0.0, "seed": 7, "num_predict": -1}});
         assert_eq!(session.body(), expected);
+    }
+
+    #[test]
+    fn numbers_that_json_cannot_carry_are_usage_errors() {
+        for flag in ["--temperature", "--keepalive"] {
+            for text in ["nan", "inf", "-inf", "infinity", "1e999"] {
+                let error = matches(&["m", &format!("{flag}={text}")]).expect_err(text);
+                assert_eq!(error.kind(), clap::error::ErrorKind::ValueValidation, "{flag} {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn too_much_piped_text_is_refused_and_not_cut() {
+        assert_eq!(piped("é".as_bytes(), 2).expect("it fits"), "é");
+        let refused = piped("aé".as_bytes(), 2).expect_err("it does not fit").to_string();
+        assert!(refused.contains("more than 2 bytes"), "{refused}");
+        assert!(matches!(piped(b"\xff".as_slice(), 2), Err(Failure::Input(_))));
     }
 
     #[test]

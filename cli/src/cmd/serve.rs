@@ -1,6 +1,9 @@
 //! `v4 serve`: the daemon itself.
 
+use std::error::Error as _;
 use std::path::PathBuf;
+
+use v4_daemon::ServeError;
 
 use crate::cmd::World;
 use crate::error::Failure;
@@ -32,9 +35,17 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
         listen: args.listen.clone(),
         background: args.background,
     };
-    let daemon = |error: v4_daemon::ServeError| Failure::Daemon(with_causes(&error));
-    let config = v4_daemon::Config::load(&given, world.variable).map_err(daemon)?;
-    v4_daemon::serve(config).map_err(daemon)
+    let config = v4_daemon::Config::load(&given, world.variable).map_err(failure)?;
+    v4_daemon::serve(config).map_err(failure)
+}
+
+fn failure(error: ServeError) -> Failure {
+    let words = with_causes(&error);
+    match error {
+        // Of what keeps a store from opening, only another daemon's lock has no cause beneath it.
+        ServeError::Store(store) if store.source().is_none() => Failure::HomeTaken(words),
+        _ => Failure::Daemon(words),
+    }
 }
 
 /// An error and what caused it, on one line.

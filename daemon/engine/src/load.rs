@@ -44,10 +44,36 @@ pub fn load(
     let info = model.info().clone();
     let context = options.context.min(info.context_length).max(1);
     let prepare = Arc::new(Prepare::new(model.meta(), files.chat_template.as_deref(), context)?);
-    let n_blocks = options.slots.max(1) as usize * blocks_for(context as usize);
-    let memory_bytes = info.weight_bytes
-        + model.scratch_bytes()
-        + (n_blocks * BLOCK_TOKENS) as u64 * info.kv_bytes_per_token;
+    let memory_bytes = info
+        .weight_bytes
+        .saturating_add(model.scratch_bytes())
+        .saturating_add(kv_bytes(options.slots, context, info.kv_bytes_per_token));
     let engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
     Ok(Loaded { prepare, engine, info, context, memory_bytes })
+}
+
+/// Bytes of the KV cache of `slots` sequences of `context` tokens. Counts come from others: where
+/// they make no sense, the most there can be.
+fn kv_bytes(slots: u32, context: u32, bytes_per_token: u64) -> u64 {
+    let tokens = (blocks_for(context as usize) as u64).saturating_mul(BLOCK_TOKENS as u64);
+    u64::from(slots.max(1)).saturating_mul(tokens).saturating_mul(bytes_per_token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kv_cache_is_counted_in_whole_blocks_and_never_overflows() {
+        let table = [
+            ((1, 1, 10), 640),
+            ((2, 65, 10), 2560),
+            ((0, 64, 10), 640),
+            ((u32::MAX, u32::MAX, 1 << 20), u64::MAX),
+            ((u32::MAX, u32::MAX, u64::MAX), u64::MAX),
+        ];
+        for ((slots, context, bytes_per_token), expected) in table {
+            assert_eq!(kv_bytes(slots, context, bytes_per_token), expected, "{slots} {context}");
+        }
+    }
 }

@@ -126,7 +126,8 @@ impl Prepare {
             Input::Chat { messages, tools, think } => {
                 let messages = Cow::Borrowed(messages.as_slice());
                 let chat = Chat { messages, tools, think: *think };
-                let fitted = self.fit(&chat, context, request.truncate)?;
+                let encode = |text: &str| self.encode(text);
+                let fitted = self.fit(&chat, context, request.truncate, &encode)?;
                 reader = Some(self.dialect.reader(&fitted.text, !tools.is_empty(), seed));
                 visible.extend(self.dialect.tags().filter_map(|tag| self.tokenizer.special(tag)));
                 stop.extend(fitted.stop);
@@ -194,20 +195,27 @@ impl Prepare {
     }
 
     /// The tokens of a conversation; of its newest turns where it does not fit and `truncate` says
-    /// so.
-    fn fit(&self, chat: &Chat<'_>, context: usize, truncate: bool) -> Result<Fitted, Fault> {
+    /// so. `encode` is [`Prepare::encode`]: the dearest part by far, so a text that is too long by
+    /// its bytes alone is encoded only where it is the whole, whose tokens are told.
+    fn fit(
+        &self,
+        chat: &Chat<'_>,
+        context: usize,
+        truncate: bool,
+        encode: &dyn Fn(&str) -> Vec<u32>,
+    ) -> Result<Fitted, Fault> {
         if chat.messages.is_empty() {
             return Err(Fault::invalid("the conversation has no messages"));
         }
-        let tokens = |dropped: usize| {
-            let Rendered { prompt, stop } = self.render(&chat.without(dropped))?;
-            if !truncate {
-                self.refuse_hopeless(prompt.len(), context)?;
-            }
-            let ids = self.encode(&prompt);
-            Ok::<_, Fault>(Fitted { sent: ids.len(), ids, text: prompt, stop })
+        let fitted = |Rendered { prompt, stop }| {
+            let ids = encode(&prompt);
+            Fitted { sent: ids.len(), ids, text: prompt, stop }
         };
-        let whole = tokens(0)?;
+        let rendered = self.render(chat)?;
+        if !truncate {
+            self.refuse_hopeless(rendered.prompt.len(), context)?;
+        }
+        let whole = fitted(rendered);
         if whole.ids.len() < context || !truncate {
             return Ok(whole);
         }
@@ -217,12 +225,15 @@ impl Prepare {
         let mut best = None;
         while low < high {
             let middle = usize::midpoint(low, high);
-            let fitted = tokens(cuts[middle])?;
-            if fitted.ids.len() < context {
-                best = Some(Fitted { sent: whole.sent, ..fitted });
-                high = middle;
-            } else {
-                low = middle + 1;
+            let rendered = self.render(&chat.without(cuts[middle]))?;
+            let may_fit = self.refuse_hopeless(rendered.prompt.len(), context).is_ok();
+            let cut = may_fit.then(|| fitted(rendered)).filter(|cut| cut.ids.len() < context);
+            match cut {
+                Some(cut) => {
+                    best = Some(Fitted { sent: whole.sent, ..cut });
+                    high = middle;
+                }
+                None => low = middle + 1,
             }
         }
         best.ok_or_else(|| {

@@ -1,8 +1,9 @@
 //! What the next step works on: pure decisions over counts, so that they can be tested as tables.
 //!
 //! Sequences that write take one token each; what is left of the step's budget of tokens goes to
-//! prompts, in equal shares, so that a short prompt does not wait for a long one. When blocks run
-//! out, the newest sequences give theirs back and wait again.
+//! prompts, in equal shares, so that a short prompt does not wait for a long one; blocks go to the
+//! oldest first. When they run out, and only then, the newest sequences give theirs back and wait
+//! again.
 
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ pub struct Load {
     pub pending: usize,
     /// Blocks it holds.
     pub blocks: usize,
+    /// Of them, those that an older sequence holds too: giving them back frees nothing.
+    pub shared: usize,
 }
 
 impl Load {
@@ -60,7 +63,7 @@ pub fn admit(slots: usize, running: &[Load], waiting: &[Load], available: usize)
 pub fn next(budget: usize, running: &[Load], available: usize) -> Plan {
     for preempt in 0..running.len() {
         let (kept, given_up) = running.split_at(running.len() - preempt);
-        let regained: usize = given_up.iter().map(|load| load.blocks).sum();
+        let regained: usize = given_up.iter().map(|load| load.blocks - load.shared).sum();
         if let Some(tokens) = share(budget, kept, available + regained) {
             return Plan { preempt, tokens };
         }
@@ -72,23 +75,29 @@ pub fn next(budget: usize, running: &[Load], available: usize) -> Plan {
 /// oldest to go on.
 fn share(budget: usize, running: &[Load], mut blocks: usize) -> Option<Vec<usize>> {
     let mut tokens = vec![0; running.len()];
-    let mut left = budget;
     let (writing, mut reading): (Vec<usize>, Vec<usize>) =
         (0..running.len()).partition(|&index| running[index].pending == 1);
-    for index in writing {
+    for &index in &writing {
         blocks = blocks.checked_sub(running[index].lacks(1))?;
         tokens[index] = 1;
-        left = left.saturating_sub(1);
     }
+    // Where there is not a token for each, the oldest read.
+    let mut left = budget.saturating_sub(writing.len());
+    reading.truncate(left);
     // Short prompts first: what they leave of their share goes to the longer ones.
-    reading.sort_by_key(|&index| running[index].pending);
-    let n_reading = reading.len();
-    for (done, &index) in reading.iter().enumerate() {
+    let mut shortest = reading.clone();
+    shortest.sort_by_key(|&index| running[index].pending);
+    for (done, &index) in shortest.iter().enumerate() {
+        tokens[index] = running[index].pending.min(left / (shortest.len() - done));
+        left -= tokens[index];
+    }
+    // Old ones first: what blocks there are is theirs, and what tokens blocks keep from others.
+    for index in reading {
         let load = &running[index];
         let room = (load.blocks + blocks) * BLOCK_TOKENS - load.cached;
-        let chunk = load.pending.min(left / (n_reading - done)).min(room);
+        let chunk = load.pending.min(tokens[index] + left).min(room);
+        left = left + tokens[index] - chunk;
         blocks -= load.lacks(chunk);
-        left -= chunk;
         tokens[index] = chunk;
     }
     tokens.first().is_none_or(|&first| first > 0).then_some(tokens)
@@ -126,7 +135,7 @@ mod tests {
     use crate::sample::Rng;
 
     fn load(cached: usize, pending: usize) -> Load {
-        Load { cached, pending, blocks: blocks_for(cached) }
+        Load { cached, pending, blocks: blocks_for(cached), shared: 0 }
     }
 
     #[test]
@@ -152,6 +161,49 @@ mod tests {
             let plan = next(STEP_TOKENS, running, available);
             assert_eq!((plan.preempt, plan.tokens.as_slice()), (preempt, tokens), "{running:?}");
         }
+    }
+
+    /// However many read, and however short the oldest prompt, each of the oldest gets a token as
+    /// long as there are tokens, and nobody gives blocks back that do not lack.
+    #[test]
+    fn many_readers_are_served_oldest_first() {
+        let mut rng = Rng::new(7);
+        for n in [64, 600] {
+            for round in 0..200 {
+                let any = |rng: &mut Rng| load(rng.below(300), 1 + rng.below(1000));
+                let running: Vec<Load> = (0..n).map(|_| any(&mut rng)).collect();
+                let n_writing = running.iter().filter(|load| load.pending == 1).count();
+                let for_readers = LEAST_TOKENS + rng.below(STEP_TOKENS);
+                let plan = next(for_readers + n_writing, &running, usize::MAX / BLOCK_TOKENS / 2);
+                assert_eq!(plan.preempt, 0, "{n} round {round}");
+                let read = || running.iter().zip(&plan.tokens).filter(|(load, _)| load.pending > 1);
+                let n_served = read().take_while(|&(_, &tokens)| tokens > 0).count();
+                assert_eq!(n_served, for_readers.min(n - n_writing), "{n} round {round}");
+                let total: usize = read().map(|(_, &tokens)| tokens).sum();
+                let wanted: usize = read().map(|(load, _)| load.pending).sum();
+                assert_eq!(total, for_readers.min(wanted), "{n} round {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_oldest_prompt_takes_the_last_blocks() {
+        // The younger one is shorter: it waits, and keeps its place.
+        let plan = next(STEP_TOKENS, &[load(0, 1000), load(0, 20)], 1);
+        assert_eq!(plan, Plan { preempt: 0, tokens: vec![64, 0] });
+        // Tokens that blocks keep from one are read by another.
+        let plan = next(STEP_TOKENS, &[load(0, 1000), load(60, 1000)], 7);
+        assert_eq!(plan, Plan { preempt: 0, tokens: vec![256, 196] });
+    }
+
+    #[test]
+    fn blocks_that_an_older_sequence_holds_too_are_not_regained() {
+        let sharing = Load { shared: 3, ..load(200, 1) };
+        // Two lack a block each; the newest has but one of its own.
+        let running = [load(256, 1), load(256, 1), sharing];
+        assert_eq!(next(STEP_TOKENS, &running, 0), Plan { preempt: 2, tokens: vec![1] });
+        let plan = next(STEP_TOKENS, &[running[0], running[1], load(200, 1)], 0);
+        assert_eq!(plan, Plan { preempt: 1, tokens: vec![1, 1] });
     }
 
     #[test]
@@ -234,7 +286,7 @@ mod tests {
                     let mut job = running.pop().expect("it was counted");
                     free += job.load.blocks;
                     let pending = job.load.cached + job.load.pending;
-                    job.load = Load { cached: 0, pending, blocks: 0 };
+                    job.load = load(0, pending);
                     waiting.insert(0, job);
                 }
                 assert_eq!(plan.tokens.len(), running.len());

@@ -1,13 +1,12 @@
 //! The loop: take sequences in, plan a step, run it, choose tokens, say what came of it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use v4_kernels::{KvCache, Span};
 use v4_proto::frame::{RequestId, Stats};
 use v4_proto::{Delta, Done, Event, Finish, Usage};
-
-use std::sync::Arc;
 
 use crate::Error;
 use crate::dialect::Reader;
@@ -80,6 +79,7 @@ impl Engine {
     /// An engine for sequences of up to `context` tokens, `slots` of them at a time.
     ///
     /// # Errors
+    /// [`Error::Metadata`] when the tokenizer has tokens that the model has no row for, and
     /// [`Error::Device`] when the KV cache does not fit.
     ///
     /// # Panics
@@ -90,6 +90,11 @@ impl Engine {
         context: u32,
         slots: u32,
     ) -> Result<Self, Error> {
+        let (n_tokens, n_rows) = (tokenizer.len(), model.vocabulary());
+        if n_tokens > n_rows {
+            let problem = format!("has {n_tokens} entries for an embedding of {n_rows} rows");
+            return Err(Error::metadata("tokenizer.ggml.tokens", problem));
+        }
         let shape = model.kv_shape();
         assert_eq!(shape.block_tokens, BLOCK_TOKENS, "one size of block");
         let slots = slots.max(1) as usize;
@@ -151,7 +156,7 @@ impl Engine {
         if self.running.is_empty() {
             return Ok(!self.waiting.is_empty());
         }
-        let loads: Vec<Load> = self.running.iter().map(Active::load).collect();
+        let loads = self.loads();
         let budget = schedule::budget(&loads, self.prompt_tokens_per_s);
         let plan = schedule::next(budget, &loads, self.available());
         for _ in 0..plan.preempt {
@@ -174,6 +179,19 @@ impl Engine {
         self.pool.n_free() + self.prefix.n_idle(&self.pool)
     }
 
+    /// The running sequences in counts, oldest first.
+    fn loads(&self) -> Vec<Load> {
+        let mut is_held = vec![false; self.pool.len()];
+        let count = |active: &Active| {
+            let mut load = active.load();
+            for &block in &active.blocks {
+                load.shared += usize::from(std::mem::replace(&mut is_held[block as usize], true));
+            }
+            load
+        };
+        self.running.iter().map(count).collect()
+    }
+
     fn end_cancelled(&mut self, emit: Emit<'_>) {
         for index in (0..self.waiting.len()).rev() {
             if self.waiting[index].is_cancelled
@@ -192,7 +210,7 @@ impl Engine {
 
     /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them.
     fn admit(&mut self) {
-        let running: Vec<Load> = self.running.iter().map(Active::load).collect();
+        let running = self.loads();
         let waiting: Vec<Load> = self.waiting.iter().map(Active::load).collect();
         let n = schedule::admit(self.slots, &running, &waiting, self.available());
         for mut active in self.waiting.drain(..n) {
@@ -359,11 +377,13 @@ impl Active {
         }
     }
 
+    /// In counts, as if it shared no block.
     fn load(&self) -> Load {
         Load {
             cached: self.cached,
             pending: self.tokens.len() - self.cached,
             blocks: self.blocks.len(),
+            shared: 0,
         }
     }
 

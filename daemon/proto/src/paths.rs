@@ -1,6 +1,7 @@
 //! Where a daemon lives: its home and its socket. Client and server ask here, so they always agree.
 //!
-//! Pure functions: the caller hands in how a variable is looked up.
+//! Pure functions: the caller hands in how a variable is looked up, and makes the path absolute, as
+//! it alone may know the current folder.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use std::path::{Path, PathBuf};
 pub const HOME_VARIABLE: &str = "V4_HOME";
 /// The variable that moves the socket.
 pub const SOCKET_VARIABLE: &str = "V4_SOCKET";
+/// The variable that moves the log.
+pub const LOG_VARIABLE: &str = "V4_LOG_FILE";
 /// The file name of the socket, in the runtime directory or in the home.
 pub const SOCKET_FILE: &str = "v4.sock";
 /// The file name of the log of a daemon that was started in the background, in the home.
@@ -36,6 +39,12 @@ pub fn socket(home: &Path, variable: impl Fn(&str) -> Option<OsString>) -> PathB
         Some(runtime) if is_default => runtime.join(SOCKET_FILE),
         _ => home.join(SOCKET_FILE),
     }
+}
+
+/// The log file that `$V4_LOG_FILE` names. `None` when it names none: then a daemon that was
+/// started in the background has [`LOG_FILE`] in its home.
+pub fn log(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    non_empty(&variable, LOG_VARIABLE)
 }
 
 fn default_home(variable: &impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {

@@ -110,6 +110,11 @@ pub enum PullError {
 }
 
 impl PullError {
+    /// A text that is no location.
+    pub(crate) fn location(text: &str) -> Self {
+        Self::Location { text: shown(text).chars().take(200).collect() }
+    }
+
     /// The same for a client.
     pub fn fault(&self) -> Fault {
         let code = match self {
@@ -144,7 +149,7 @@ impl PullError {
     pub(crate) fn at(self, location: &impl std::fmt::Display, was_resumed: bool) -> Self {
         match self {
             Self::Store(source) if is_wrong(&source) => {
-                Self::Wrong { location: location.to_string(), source, was_resumed }
+                Self::Wrong { location: shown(&location.to_string()), source, was_resumed }
             }
             other => other,
         }
@@ -152,6 +157,40 @@ impl PullError {
 }
 
 /// Whether the store refused bytes, rather than failed.
-fn is_wrong(error: &StoreError) -> bool {
+pub(crate) fn is_wrong(error: &StoreError) -> bool {
     matches!(error, StoreError::Digest { .. } | StoreError::Length { .. })
+}
+
+/// A text without the user info (`user:password@`) of the URLs in it: what may be shown and logged.
+/// Every URL of an error comes through here.
+pub(crate) fn shown(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("://") {
+        let is_end = |c: char| c.is_whitespace() || matches!(c, '/' | '?' | '#' | '\\');
+        let (authority, tail) = after.split_at(after.find(is_end).unwrap_or(after.len()));
+        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+        shown.extend([before, "://", host]);
+        rest = tail;
+    }
+    shown + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_info_is_never_shown() {
+        for (text, expected) in [
+            ("https://u:p@host/a@b", "https://host/a@b"),
+            ("http://u:p@w@host:1?c", "http://host:1?c"),
+            ("pypi:a@1/x https://token@host", "pypi:a@1/x https://host"),
+            ("https://host/a#b", "https://host/a#b"),
+            ("https://u:p@", "https://"),
+            ("no url @ all", "no url @ all"),
+        ] {
+            assert_eq!(shown(text), expected, "{text}");
+        }
+    }
 }

@@ -11,7 +11,7 @@ use v4_store::{Layer, Manifest, Partial, Role, Store, StoreError, manifest::CONF
 
 use crate::{
     config,
-    error::PullError,
+    error::{PullError, is_wrong},
     jobs::{Inspector, PullConfig},
     plan::{self, Step},
     progress::{FileProgress, Progress, Stage},
@@ -117,7 +117,7 @@ impl Fetcher {
         blocking(move || {
             let mut sizes = HashMap::new();
             for digest in recipe.files.iter().filter_map(|file| file.digest) {
-                sizes.insert(digest, store.blob(&digest)?);
+                sizes.insert(digest, whole(&store, &digest)?);
             }
             let steps = plan::steps(&recipe.files, |digest| sizes.get(digest).copied().flatten());
             let record = match store.find(&recipe.name) {
@@ -128,7 +128,7 @@ impl Fetcher {
             };
             let Some(record) = record else { return Ok((steps, None)) };
             for layer in record.manifest.blobs() {
-                if store.blob(&layer.digest)? != Some(layer.size) {
+                if whole(&store, &layer.digest)? != Some(layer.size) {
                     return Ok((steps, None));
                 }
             }
@@ -144,7 +144,7 @@ impl Fetcher {
         if let Some(digest) = file.digest {
             // Another pull may have brought it while this one waited.
             let store = Arc::clone(&self.store);
-            let size = blocking(move || store.blob(&digest)).await?;
+            let size = blocking(move || whole(&store, &digest)).await?;
             if let Some(size) = size.filter(|size| file.size.is_none_or(|wanted| wanted == *size)) {
                 return Ok(Got { digest, size });
             }
@@ -208,12 +208,21 @@ impl Fetcher {
         let commit = blocking(move || {
             let digest = digest.unwrap_or_else(|| partial.digest());
             let size = size.unwrap_or_else(|| partial.offset());
-            partial.commit(&digest, size)?;
-            drop(turn);
-            for key in staged {
-                store.discard(&key)?;
+            let committed = partial.commit(&digest, size);
+            if committed.is_ok() {
+                store.note_intact(&digest);
             }
-            Ok(Got { digest, size })
+            drop(turn);
+            // Refused bytes came out of these archives, so they are of no use either. After a
+            // failure of the disk they are, to the next try.
+            if committed.as_ref().err().is_none_or(is_wrong) {
+                for key in staged {
+                    if let Err(error) = store.discard(&key) {
+                        tracing::warn!(%key, %error, "an archive stays until a later start");
+                    }
+                }
+            }
+            committed.map(|()| Got { digest, size })
         });
         commit.await.map_err(|error| error.at(location, was_resumed))
     }
@@ -271,7 +280,10 @@ impl Fetcher {
                 layers.push(Layer::new(media_type, digest, text.len() as u64));
             }
             if let (Some(inspection), Some(first)) = (&inspection, weights(&recipe, &got).next()) {
-                store.put_inspection(&first, inspection)?;
+                // The header can be read again; a model that is here is worth more than its row.
+                if let Err(error) = store.put_inspection(&first, inspection) {
+                    tracing::warn!(%error, "what the header says is not kept");
+                }
             }
             store.put_manifest(&recipe.name, &Manifest::new(config_layer, layers).encode())
         })
@@ -310,6 +322,16 @@ async fn read_parts(
         base += source::read(place, part, share, &mut sink, &mut staged).await?;
     }
     Ok(staged)
+}
+
+/// The size of a blob that is here and is what its digest says. One that was changed is fetched
+/// again.
+fn whole(store: &Store, digest: &Digest) -> Result<Option<u64>, StoreError> {
+    match store.intact(digest) {
+        Ok(()) => store.blob(digest),
+        Err(StoreError::Missing(_) | StoreError::Digest { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The weights among what was got.

@@ -5,7 +5,10 @@ use std::{fmt, str::FromStr};
 use v4_proto::{Digest, ModelName};
 use v4_store::Role;
 
-use crate::{error::PullError, limits};
+use crate::{
+    error::{PullError, shown},
+    limits,
+};
 
 /// All that makes a name: files to fetch and small texts that are given.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,12 +72,13 @@ pub enum Part {
 }
 
 impl fmt::Display for Part {
+    /// As it is written, but for the user info of a URL: this is shown and logged.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pypi { package, version, member } => {
                 write!(f, "pypi:{package}@{version}/{member}")
             }
-            Self::Http { url } => f.write_str(url),
+            Self::Http { url } => f.write_str(&shown(url)),
             Self::File { path } => write!(f, "file:{path}"),
         }
     }
@@ -96,7 +100,7 @@ impl FromStr for Part {
             path.filter(|path| path.starts_with('/'))
                 .map(|path| Self::File { path: path.to_owned() })
         };
-        part.ok_or_else(|| PullError::Location { text: text.chars().take(200).collect() })
+        part.ok_or_else(|| PullError::location(text))
     }
 }
 
@@ -135,7 +139,7 @@ impl FromStr for Location {
     fn from_str(text: &str) -> Result<Self, PullError> {
         let parts: Vec<Part> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
         if parts.is_empty() || parts.len() > limits::PARTS {
-            return Err(PullError::Location { text: text.chars().take(200).collect() });
+            return Err(PullError::location(text));
         }
         Ok(Self(parts))
     }

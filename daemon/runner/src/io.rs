@@ -2,13 +2,16 @@
 
 use std::{
     io::{self, BufReader, Read, Write},
-    net::Shutdown,
     os::{fd::AsFd, unix::net::UnixStream},
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::Instant,
 };
 
-use v4_proto::frame::{self, FromRunner, LENGTHS_BYTES, Lengths, Stats, ToRunner};
+use v4_proto::{
+    Code, Fault,
+    frame::{self, FrameError, FromRunner, LENGTHS_BYTES, Lengths, Stats, ToRunner},
+    limits::FRAME_HEADER_BYTES,
+};
 
 use crate::{Error, limits};
 
@@ -89,8 +92,15 @@ pub enum Out {
 }
 
 /// Writes frames until the last one, and `Stats` every second once `stats` has some. The engine may
-/// be deep in a step: the heartbeat does not wait for it.
-pub fn write(mut socket: UnixStream, frames: &Receiver<Out>, stats: impl Fn() -> Option<Stats>) {
+/// be deep in a step: the heartbeat does not wait for it. Nothing is left to say when it returns.
+///
+/// # Errors
+/// The fault that was said in place of a message that is no frame and of no request.
+pub fn write(
+    mut socket: &UnixStream,
+    frames: &Receiver<Out>,
+    stats: impl Fn() -> Option<Stats>,
+) -> Result<(), Fault> {
     let mut next_beat = Instant::now() + limits::HEARTBEAT;
     loop {
         let patience = next_beat.saturating_duration_since(Instant::now());
@@ -102,16 +112,48 @@ pub fn write(mut socket: UnixStream, frames: &Receiver<Out>, stats: impl Fn() ->
                 let Some(stats) = stats() else { continue };
                 (FromRunner::Stats(stats), false)
             }
-            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        let is_written = frame::encode(&message, &[])
-            .map_err(io::Error::other)
-            .and_then(|bytes| socket.write_all(&bytes))
-            .is_ok();
-        if is_last || !is_written {
-            // Nothing more to say: the reader ends, whether the daemon is there or not.
-            let _ = socket.shutdown(Shutdown::Both);
-            return;
+        let (bytes, fatal) = match frame::encode(&message, &[]) {
+            Ok(bytes) => (bytes, None),
+            Err(error) => instead_of(&message, &error),
+        };
+        let is_written = socket.write_all(&bytes).is_ok();
+        if let Some(fault) = fatal {
+            return Err(fault);
         }
+        if is_last || !is_written {
+            return Ok(());
+        }
+    }
+}
+
+/// The frame that says that `message` is none, and its fault where it ends the process: a request
+/// fails alone.
+fn instead_of(message: &FromRunner, error: &FrameError) -> (Vec<u8>, Option<Fault>) {
+    let (said, fatal) = match message {
+        FromRunner::Delta { id, .. }
+        | FromRunner::Done { id, .. }
+        | FromRunner::Failed { id, .. } => {
+            let fault = Fault::internal(format!("a part of the answer {}", why(error)));
+            (FromRunner::Failed { id: *id, fault }, None)
+        }
+        _ => {
+            let text = format!("what the model's files say of it {}", why(error));
+            let fault = Fault::new(Code::Unsupported, text);
+            (FromRunner::Fatal { fault: fault.clone() }, Some(fault))
+        }
+    };
+    (frame::encode(&said, &[]).expect("a sentence is a frame"), fatal)
+}
+
+/// The rest of a sentence: why something is no frame.
+fn why(error: &FrameError) -> String {
+    match error {
+        FrameError::TooLong { header, .. } => {
+            let limit = FRAME_HEADER_BYTES;
+            format!("is too large: {header} bytes where at most {limit} can be passed on")
+        }
+        FrameError::Header(error) => format!("cannot be passed on: {error}"),
     }
 }

@@ -18,6 +18,7 @@ mod limits;
 mod work;
 
 use std::{
+    net::Shutdown,
     os::unix::net::UnixStream,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -78,7 +79,12 @@ fn serve<B: Backend>(socket: UnixStream) -> Result<(), Error> {
 
     let (half, seen) = (socket.try_clone().map_err(Error::Socket)?, Arc::clone(&shared));
     spawn("writer", move || {
-        io::write(half, &frames, || *seen.stats.lock().unwrap_or_else(PoisonError::into_inner));
+        let stats = || *seen.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(fault) = io::write(&half, &frames, stats) {
+            let _ = seen.failure.set(fault);
+        }
+        // Nothing more to say: the reader ends, whether the daemon is there or not.
+        let _ = half.shutdown(Shutdown::Both);
     })?;
     let (engine_out, seen) = (out.clone(), Arc::clone(&shared));
     spawn("engine", move || {

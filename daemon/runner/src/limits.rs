@@ -11,5 +11,7 @@ pub const ORDERS: usize = 1024;
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Between two `Progress` frames: often enough for a moving bar.
 pub const PROGRESS: Duration = Duration::from_millis(100);
+/// The longest that a drain may take: far beyond any answer, and within what a clock can count.
+pub const DRAIN: Duration = Duration::from_hours(365 * 24);
 /// What cancelled sequences get after the deadline of a drain; a cancel takes one step.
 pub const CANCEL: Duration = Duration::from_secs(1);

@@ -41,7 +41,10 @@ impl Backend for Fake {
 
     fn inspect(files: &ModelFiles) -> Result<Inspection, Fault> {
         let info = Self::load(files, &options(), &mut |_, _, _| {})?.info;
-        let metadata = serde_json::Map::new();
+        let mut metadata = serde_json::Map::new();
+        if files.weights[0].to_str() == Some("vast") {
+            metadata.insert("vast".into(), vast().into());
+        }
         Ok(Inspection { info, metadata, chat_template: None, tensors: Vec::new() })
     }
 
@@ -111,6 +114,10 @@ impl Backend for Fake {
                 "panic" => panic!("a kernel's assertion"),
                 "broken" => fault = Some(Fault::internal("the device is gone")),
                 "silent" => return false,
+                "vast" => {
+                    on_event(*id, Event::Failed(Fault::invalid(vast())));
+                    return false;
+                }
                 "gate" => {
                     let gate = GATE.lock().expect("the gate").take();
                     gate.expect("the test made one").recv().expect("opened");
@@ -134,6 +141,11 @@ impl Backend for Fake {
     fn stats(engine: &FakeEngine) -> Stats {
         Stats { steps: engine.steps, ..Stats::default() }
     }
+}
+
+/// More than a frame takes.
+fn vast() -> String {
+    "x".repeat(v4_proto::limits::FRAME_HEADER_BYTES + 1)
 }
 
 fn options() -> LoadOptions {
@@ -362,6 +374,43 @@ fn inspect_is_answered() {
     daemon.send(&ToRunner::Inspect { files: files("good") });
     let info = daemon.next_of(|message| matches!(message, FromRunner::Info { .. }));
     assert!(matches!(info, FromRunner::Info { inspection } if inspection.info.arch == "fake"));
+}
+
+#[test]
+fn an_inspection_too_large_for_a_frame_is_fatal_and_said() {
+    let mut daemon = Daemon::start::<Fake>();
+    daemon.send(&ToRunner::Inspect { files: files("vast") });
+    match daemon.next() {
+        Some(FromRunner::Fatal { fault }) => {
+            assert_eq!(fault.code, Code::Unsupported);
+            assert!(fault.message.contains("too large"), "{fault}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(daemon.left(), Err(Error::Fatal(fault)) if fault.code == Code::Unsupported));
+}
+
+#[test]
+fn an_event_too_large_for_a_frame_fails_its_request_alone() {
+    let mut daemon = Daemon::ready::<Fake>();
+    daemon.ask(1, "vast");
+    assert_eq!(daemon.failed(1), Code::Internal);
+    daemon.ask(2, "1");
+    assert_eq!(daemon.events_until_end(2).len(), 2);
+}
+
+#[test]
+fn a_drain_with_a_deadline_beyond_the_clock_is_a_drain() {
+    let (orders, taken) = sync_channel(1);
+    let (out, frames) = sync_channel(1);
+    let shared = Shared::<Fake> {
+        prepare: OnceLock::new(),
+        stats: Mutex::new(None),
+        failure: OnceLock::new(),
+    };
+    orders.send(Order::Drain(Duration::MAX)).expect("room");
+    Worker::new(taken, out, Arc::new(shared)).run().expect("an end in order");
+    assert!(matches!(frames.recv(), Ok(Out::Last(FromRunner::Drained))));
 }
 
 #[test]

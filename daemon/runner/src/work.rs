@@ -117,7 +117,9 @@ impl<B: Backend> Worker<B> {
                     B::cancel(engine, id);
                 }
             }
-            Order::Drain(time) => self.drain_by = Some(Instant::now() + time),
+            Order::Drain(time) => {
+                self.drain_by = Some(Instant::now() + time.min(limits::DRAIN));
+            }
         }
         Ok(())
     }

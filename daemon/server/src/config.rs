@@ -77,14 +77,19 @@ impl Config {
     /// # Errors
     /// [`Error::NoHome`]; [`Error::Setting`] for a value that cannot be meant.
     pub fn load(given: &Given, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Error> {
+        let absolute = |path: PathBuf| {
+            std::path::absolute(path)
+                .map_err(|source| Error::Start { what: "no current folder", source })
+        };
         let home = paths::home(given.home.as_deref(), &variable).ok_or(Error::NoHome)?;
-        let socket = paths::socket(&home, &variable);
+        let home = absolute(home)?;
+        let socket = absolute(paths::socket(&home, &variable))?;
         let text = |name: &str| {
             let value = variable(name)?.to_string_lossy().trim().to_owned();
             (!value.is_empty()).then_some(value)
         };
-        let log_file = text("V4_LOG_FILE").map(PathBuf::from);
         let background = given.background.then(|| home.join(paths::LOG_FILE));
+        let log_file = paths::log(&variable).or(background).map(absolute).transpose()?;
         let listen = match given.listen.clone().map(|value| ("--listen", value)) {
             None => text("V4_LISTEN").map(|value| ("V4_LISTEN", value)),
             said => said,
@@ -106,7 +111,7 @@ impl Config {
             index_url: text("V4_INDEX_URL"),
             origins: text("V4_ORIGINS").map(|value| list(&value)).unwrap_or_default(),
             log_level: number("V4_LOG", text("V4_LOG"), LevelFilter::INFO)?,
-            log_file: log_file.or(background),
+            log_file,
             home,
             socket,
         })
@@ -244,6 +249,15 @@ mod tests {
         assert_eq!(config.home, PathBuf::from("/g"));
         assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));
         assert_eq!(config.log_file, Some("/g/v4.log".into()));
+    }
+
+    #[test]
+    fn relative_paths_are_those_of_the_current_folder() {
+        let set = [("V4_HOME", "h"), ("V4_SOCKET", "s"), ("V4_LOG_FILE", "l")];
+        let config = load(&Given::default(), &set).expect("valid");
+        let here = std::env::current_dir().expect("a current folder");
+        assert_eq!((config.home, config.socket), (here.join("h"), here.join("s")));
+        assert_eq!(config.log_file, Some(here.join("l")));
     }
 
     #[test]

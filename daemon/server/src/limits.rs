@@ -32,8 +32,8 @@ pub const HEADER_TIMEOUT: Duration = Duration::from_mins(1);
 /// Time without a byte of a body that is still to come.
 pub const BODY_STALL: Duration = Duration::from_secs(30);
 
-/// Time without a byte taken by a client whose answer waits. The supervisor gives up on a slow
-/// client's events earlier; this ends the connection itself.
+/// Time without a byte taken by a client whose answer waits; then its connection is ended. The
+/// supervisor cancels an answer earlier if its buffer of deltas is full before.
 pub const WRITE_STALL: Duration = Duration::from_mins(1);
 
 /// Time that running answers get to end after the first signal to stop.
@@ -63,8 +63,9 @@ pub const KNOWN_MODELS: usize = 256;
 /// Bytes above which a body counts as large.
 pub const LARGE_BODY_BYTES: usize = 1 << 20;
 
-/// Large bodies in memory at a time; others wait. With what they are decoded into, a few hundred
-/// MiB at worst.
+/// Large bodies in memory at a time, until they are decoded: with that, a few hundred MiB at worst.
+/// Others wait for [`BODY_STALL`], then they are refused with 503. A decoded request that waits for
+/// its model is no longer counted here: the queue of the model bounds how many do.
 pub const LARGE_BODIES: usize = 4;
 
 /// Time that threads get to end at the very last; what still runs then is cut off.

@@ -19,7 +19,7 @@ use v4_proto::Fault;
 
 use crate::{
     api::{Encode, bytes, ollama, openai, wanted},
-    body::{Body, Line, Reader, Taken},
+    body::{Body, Line, Reader},
     daemon::Daemon,
     error::{self, Refusal},
     guard::{Guard, Verdict},
@@ -179,9 +179,10 @@ impl Service {
                 answer(daemon, ask, stream, request.encoder, ollama::JSON_TYPE).await
             }
             (Surface::OpenAi, Op::Chat) => {
-                let Taken { bytes, .. } = &self.reader.read(call.body).await?;
+                let body = self.reader.read(call.body).await?;
                 let now = Timestamp::now().as_second();
-                let request = openai::decode::chat(bytes, call.id, now)?;
+                let request = openai::decode::chat(&body.bytes, call.id, now)?;
+                drop(body);
                 let (ask, stream) = (request.ask, request.stream);
                 answer(daemon, ask, stream, request.encoder, openai::JSON_TYPE).await
             }

@@ -1,50 +1,86 @@
-//! Deleting blobs that no name needs.
+//! [`Tree`]: the files of a home, and deleting those that nobody needs.
 
-use std::{collections::BTreeSet, time::SystemTime};
+use std::{
+    collections::BTreeSet,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
 
-use v4_proto::Digest;
+use v4_proto::{Digest, ModelName};
 
-use crate::{Store, blob, error::StoreError, limits};
+use crate::{
+    Manifest, Record, STAGING, blob,
+    error::{ManifestError, StoreError},
+    fs::{self, Fs, Lock},
+    index::Index,
+    lease, limits, sha256,
+};
 
-impl Store {
-    /// Deletes those of `candidates` that no manifest names and nobody has leased. Leased ones are
-    /// remembered and go with the next collection. The caller holds the lock on changes.
+/// The files of a home and who needs them. Leases know it too, so that the last one on a blob can
+/// collect it.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    pub home: PathBuf,
+    pub fs: Arc<dyn Fs>,
+    pub index: Index,
+    pub claims: lease::Shared,
+    /// Held while a name or the set of blobs changes. Taken before the claims.
+    pub change: Mutex<()>,
+    /// The last field: given back when all else is closed.
+    pub _lock: Lock,
+}
+
+impl Tree {
+    /// Where a blob lies, if it is here.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.home.join("blobs").join(blob::blob_name(digest))
+    }
+
+    /// Where a manifest lies, if it is here.
+    pub fn manifest_path(&self, name: &ModelName) -> PathBuf {
+        self.home.join("manifests").join(name.path().join("/"))
+    }
+
+    /// Deletes those of `candidates` that no manifest names and nobody has leased. The others, and
+    /// what cannot be deleted now, are remembered and go with the last lease or the next
+    /// collection. The caller holds the lock on changes.
     ///
     /// A manifest that cannot be read may name anything, so then nothing is deleted.
-    pub(crate) fn collect(&self, candidates: &[Digest]) -> Result<(), StoreError> {
+    pub fn collect(&self, candidates: &[Digest]) -> Result<(), StoreError> {
+        self.claims.lock().doomed.extend(candidates);
         let Some(named) = self.named_blobs()? else { return Ok(()) };
         // Held to the end: a lease taken meanwhile waits, and then finds the blob gone or safe.
         let mut claims = self.claims.lock();
-        let doomed = std::mem::take(&mut claims.doomed);
-        for digest in doomed.into_iter().chain(candidates.iter().copied()) {
-            if named.contains(&digest) {
-                continue;
+        let free: Vec<Digest> =
+            claims.doomed.iter().filter(|digest| !claims.is_leased(digest)).copied().collect();
+        let mut outcome = Ok(());
+        for digest in free {
+            if !named.contains(&digest) {
+                let path = self.blob_path(&digest);
+                if let Err(error) = self.fs.remove_file(&path) {
+                    outcome = outcome.and(Err(StoreError::io("remove", &path)(error)));
+                    continue;
+                }
+                // A row too many is no loss, and on a full disk the index cannot be written.
+                let _ = self.index.remove_blob(&digest);
             }
-            if claims.is_leased(&digest) {
-                claims.doomed.insert(digest);
-                continue;
-            }
-            let path = self.blob_path(&digest);
-            self.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
-            self.index.remove_inspection(&digest)?;
+            claims.doomed.remove(&digest);
         }
-        Ok(())
+        outcome
     }
 
     /// Deletes blobs that no manifest has named for [`limits::ORPHAN_AGE`], at start.
-    pub(crate) fn collect_orphans(&self) -> Result<(), StoreError> {
+    pub fn collect_orphans(&self) -> Result<(), StoreError> {
         let folder = self.home.join("blobs");
-        let now = SystemTime::now();
         let mut orphans = Vec::new();
         for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
             let Ok(digest) = name.parse::<Digest>() else { continue };
             if name != blob::blob_name(&digest) {
                 continue;
             }
-            let path = folder.join(&name);
-            let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
-            let age = meta.and_then(|meta| now.duration_since(meta.modified).ok());
-            if age.is_some_and(|age| age > limits::ORPHAN_AGE) {
+            if self.is_older(&folder.join(&name), limits::ORPHAN_AGE)? {
                 orphans.push(digest);
             }
         }
@@ -63,5 +99,80 @@ impl Store {
             }
         }
         Ok(Some(named))
+    }
+
+    /// Whether a file was last written longer ago than `age`.
+    fn is_older(&self, path: &Path, age: Duration) -> Result<bool, StoreError> {
+        let meta = self.fs.meta(path).map_err(StoreError::io("look at", path))?;
+        let since = meta.and_then(|meta| SystemTime::now().duration_since(meta.modified).ok());
+        Ok(since.is_some_and(|since| since > age))
+    }
+
+    /// The names of all files in the manifests tree.
+    pub fn manifest_names(&self) -> Result<Vec<ModelName>, StoreError> {
+        let mut paths = vec![Vec::new()];
+        for _ in 0..4 {
+            let mut below = Vec::new();
+            for parts in paths {
+                let folder = self.home.join("manifests").join(parts.join("/"));
+                for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
+                    below.push([parts.as_slice(), &[name]].concat());
+                }
+            }
+            paths = below;
+        }
+        let parse = |parts: Vec<String>| {
+            let [host, namespace, model, tag] = parts.as_slice() else { return None };
+            ModelName::from_path([host, namespace, model, tag]).ok()
+        };
+        Ok(paths.into_iter().filter_map(parse).collect())
+    }
+
+    /// What a name as it is stored points to.
+    pub fn read_record(&self, name: &ModelName) -> Result<Option<Record>, StoreError> {
+        let path = self.manifest_path(name);
+        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        let Some(meta) = meta.filter(|meta| !meta.is_dir) else { return Ok(None) };
+        let failed = |source| StoreError::Manifest { name: Box::new(name.clone()), source };
+        if meta.len > limits::MANIFEST_BYTES as u64 {
+            return Err(failed(ManifestError::TooLong));
+        }
+        let bytes = match fs::read(self.fs.as_ref(), &path, limits::MANIFEST_BYTES) {
+            Ok(bytes) => bytes,
+            // Removed since it was looked at.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(StoreError::io("read", &path)(error)),
+        };
+        let manifest = Manifest::parse(&bytes).map_err(failed)?;
+        let (name, modified) = (name.clone(), meta.modified);
+        Ok(Some(Record { name, digest: sha256(&bytes), manifest, modified }))
+    }
+
+    /// Removes what a killed process left half put, journals without data, and partials that
+    /// nobody went on with for [`limits::PARTIAL_AGE`], at start.
+    pub fn sweep_partials(&self) -> Result<(), StoreError> {
+        let folder = self.home.join("partial");
+        let mut names = self.fs.list(&folder).map_err(StoreError::io("list", &folder))?;
+        let mut left_over = Vec::new();
+        for name in &names {
+            let is_data = !name.ends_with(blob::JOURNAL_ENDING);
+            if name.starts_with(STAGING)
+                || is_data && self.is_older(&folder.join(name), limits::PARTIAL_AGE)?
+            {
+                left_over.push(name.clone());
+            }
+        }
+        names.retain(|name| !left_over.contains(name));
+        let is_alone = |name: &&String| {
+            let data = name.strip_suffix(blob::JOURNAL_ENDING);
+            data.is_some_and(|data| !names.iter().any(|other| other == data))
+        };
+        // After the data: a journal alone means nothing.
+        left_over.extend(names.iter().filter(is_alone).cloned());
+        for name in left_over {
+            let path = folder.join(name);
+            self.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        }
+        Ok(())
     }
 }

@@ -17,7 +17,7 @@ use v4_proto::{Digest, Inspection, ModelName};
 
 use crate::{
     error::StoreError,
-    fs::{self, Fs},
+    fs::{self, Fs, Meta},
     limits,
 };
 
@@ -40,6 +40,7 @@ pub(crate) struct Index {
     db: sled::Db,
     inspections: sled::Tree,
     last_use: sled::Tree,
+    stamps: sled::Tree,
     /// Held while rows change, so that the count beside them is true.
     change: Mutex<()>,
 }
@@ -145,8 +146,9 @@ impl Index {
         }
         let inspections = db.open_tree("inspections").map_err(Refusal::Other)?;
         let last_use = db.open_tree("last_use").map_err(Refusal::Other)?;
+        let stamps = db.open_tree("stamps").map_err(Refusal::Other)?;
         let (fs, folder) = (Arc::clone(fs), folder.to_path_buf());
-        Ok(Self { fs, folder, db, inspections, last_use, change: Mutex::new(()) })
+        Ok(Self { fs, folder, db, inspections, last_use, stamps, change: Mutex::new(()) })
     }
 
     /// The cached inspection of a blob. A row that cannot be read is no row.
@@ -164,9 +166,21 @@ impl Index {
         self.insert(&self.inspections, digest.as_bytes(), &bytes)
     }
 
-    /// Forgets the inspection of a blob that is gone.
-    pub fn remove_inspection(&self, digest: &Digest) -> Result<(), StoreError> {
-        self.remove(&self.inspections, digest.as_bytes())
+    /// Forgets a blob that is gone.
+    pub fn remove_blob(&self, digest: &Digest) -> Result<(), StoreError> {
+        self.remove(&self.inspections, digest.as_bytes())?;
+        self.remove(&self.stamps, digest.as_bytes())
+    }
+
+    /// Whether a blob's file looked like this when its bytes were last known to be right.
+    pub fn is_stamped(&self, digest: &Digest, meta: &Meta) -> bool {
+        let known = self.stamps.get(digest.as_bytes()).ok().flatten();
+        known.is_some_and(|known| known.as_ref() == stamp(meta))
+    }
+
+    /// Notes what a blob's file looks like while its bytes are known to be right.
+    pub fn put_stamp(&self, digest: &Digest, meta: &Meta) -> Result<(), StoreError> {
+        self.insert(&self.stamps, digest.as_bytes(), &stamp(meta))
     }
 
     /// When a name was last used, if it is known.
@@ -215,7 +229,7 @@ impl Index {
     }
 
     fn n_rows(&self) -> usize {
-        self.inspections.len() + self.last_use.len()
+        self.inspections.len() + self.last_use.len() + self.stamps.len()
     }
 
     fn write_rows(&self, n_rows: usize) -> Result<(), StoreError> {
@@ -229,6 +243,16 @@ impl Index {
         let path = self.folder.clone();
         move |source| StoreError::Index { path, source }
     }
+}
+
+/// Length and time of a file, as bytes to compare.
+fn stamp(meta: &Meta) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    let since = meta.modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (len, nanos) = bytes.split_at_mut(8);
+    len.copy_from_slice(&meta.len.to_le_bytes());
+    nanos.copy_from_slice(&since.as_nanos().to_le_bytes());
+    bytes
 }
 
 fn rows_path(folder: &Path) -> PathBuf {

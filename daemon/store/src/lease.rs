@@ -2,17 +2,19 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 use v4_proto::Digest;
+
+use crate::gc::Tree;
 
 /// Who uses what. Garbage is collected under this lock, so a lease that was given is safe.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
     leased: HashMap<Digest, usize>,
     partials: HashSet<String>,
-    /// Blobs that should have been collected but were leased.
+    /// Blobs that should have been collected but were leased, or could not be deleted.
     pub doomed: BTreeSet<Digest>,
 }
 
@@ -33,16 +35,6 @@ impl Shared {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a lease on these blobs.
-    pub fn lease(&self, digests: &[Digest]) -> Lease {
-        let mut claims = self.lock();
-        for digest in digests {
-            *claims.leased.entry(*digest).or_default() += 1;
-        }
-        drop(claims);
-        Lease { shared: self.clone(), digests: digests.to_vec() }
-    }
-
     /// Takes the right to write a partial, unless somebody has it.
     pub fn claim(&self, key: &str) -> Option<Claim> {
         let is_free = self.lock().partials.insert(key.to_owned());
@@ -55,19 +47,50 @@ impl Shared {
 #[must_use = "a lease that is dropped protects nothing"]
 pub struct Lease {
     shared: Shared,
+    /// Weak: a lease that outlives its store keeps no home locked.
+    tree: Weak<Tree>,
     digests: Vec<Digest>,
 }
 
-impl Drop for Lease {
-    fn drop(&mut self) {
+impl Lease {
+    /// Takes a lease on these blobs.
+    pub(crate) fn new(tree: &Arc<Tree>, digests: &[Digest]) -> Self {
+        let mut claims = tree.claims.lock();
+        for digest in digests {
+            *claims.leased.entry(*digest).or_default() += 1;
+        }
+        drop(claims);
+        Self { shared: tree.claims.clone(), tree: Arc::downgrade(tree), digests: digests.to_vec() }
+    }
+
+    /// Gives it back. Returns whether that leaves a blob that should have been collected before.
+    fn end(&self) -> bool {
         let mut claims = self.shared.lock();
+        let mut is_doomed = false;
         for digest in &self.digests {
             if let Some(count) = claims.leased.get_mut(digest) {
                 *count -= 1;
                 if *count == 0 {
                     claims.leased.remove(digest);
+                    is_doomed |= claims.doomed.contains(digest);
                 }
             }
+        }
+        is_doomed
+    }
+}
+
+impl Drop for Lease {
+    /// Collects what the last lease on it kept. Only then does this touch the disk, to remove
+    /// files; no lease is dropped while the store itself holds its lock on changes.
+    fn drop(&mut self) {
+        if !self.end() {
+            return;
+        }
+        if let Some(tree) = self.tree.upgrade() {
+            let _change = tree.change.lock().unwrap_or_else(PoisonError::into_inner);
+            // What cannot be deleted stays doomed for the next collection.
+            let _ = tree.collect(&[]);
         }
     }
 }

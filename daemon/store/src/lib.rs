@@ -39,7 +39,8 @@ use v4_proto::{Digest, Inspection, ModelName};
 
 use crate::{
     blob::Place,
-    fs::{Fs, Lock, RealFs},
+    fs::{Fs, RealFs},
+    gc::Tree,
     index::Index,
 };
 
@@ -49,15 +50,11 @@ const STAGING: &str = "put-";
 /// The store of one home. Blocking; share it as `Arc<Store>`.
 #[derive(Debug)]
 pub struct Store {
-    home: PathBuf,
-    fs: Arc<dyn Fs>,
-    index: Index,
+    tree: Arc<Tree>,
     index_opened: Opened,
-    claims: lease::Shared,
-    /// Held while a name or the set of blobs changes.
-    change: Mutex<()>,
     next_staging: AtomicU64,
-    _lock: Lock,
+    /// Held while a blob is hashed for [`Store::intact`]: who waits finds it done.
+    hashing: Mutex<()>,
 }
 
 impl Store {
@@ -85,24 +82,27 @@ impl Store {
         }
         fs.sync_dir(home).map_err(StoreError::io("sync", home))?;
         let (index, index_opened) = Index::open(&fs, &home.join("index"))?;
-        let store = Self {
+        let tree = Tree {
             home: home.to_path_buf(),
             fs,
             index,
-            index_opened,
             claims: lease::Shared::default(),
             change: Mutex::new(()),
-            next_staging: AtomicU64::new(0),
             _lock: lock,
         };
-        store.sweep_partials()?;
-        store.collect_orphans()?;
-        Ok(store)
+        tree.sweep_partials()?;
+        tree.collect_orphans()?;
+        Ok(Self {
+            tree: Arc::new(tree),
+            index_opened,
+            next_staging: AtomicU64::new(0),
+            hashing: Mutex::new(()),
+        })
     }
 
     /// The home.
     pub fn home(&self) -> &Path {
-        &self.home
+        &self.tree.home
     }
 
     /// How the index came up, for the log.
@@ -117,8 +117,8 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn names(&self) -> Result<Vec<Entry>, StoreError> {
         let mut entries = Vec::new();
-        for name in self.manifest_names()? {
-            match self.read_record(&name) {
+        for name in self.tree.manifest_names()? {
+            match self.tree.read_record(&name) {
                 Ok(Some(Record { name, digest, manifest, modified })) => {
                     let size_bytes = manifest.size_bytes();
                     entries.push(Entry { name, digest, size_bytes, modified });
@@ -137,7 +137,7 @@ impl Store {
     /// [`StoreError::Manifest`] when it is there but cannot be read; [`StoreError::Io`].
     pub fn find(&self, name: &ModelName) -> Result<Option<Record>, StoreError> {
         match self.stored_name(name)? {
-            Some(name) => self.read_record(&name),
+            Some(name) => self.tree.read_record(&name),
             None => Ok(None),
         }
     }
@@ -159,50 +159,56 @@ impl Store {
             }
         }
         let name = self.stored_name(name)?.unwrap_or_else(|| name.clone());
-        let before = match self.read_record(&name) {
+        let before = match self.tree.read_record(&name) {
             Ok(record) => record.map(|record| record.manifest.digests()).unwrap_or_default(),
             Err(StoreError::Manifest { .. }) => Vec::new(),
             Err(error) => return Err(error),
         };
         self.create_manifest_dirs(&name)?;
         blob::put_file(
-            self.fs.as_ref(),
+            self.tree.fs.as_ref(),
             &self.staging_path(),
-            &self.manifest_path(&name),
+            &self.tree.manifest_path(&name),
             bytes,
             0o644,
         )?;
-        self.collect(&before)?;
+        // The name is new on the disk; what the old one left goes with a later collection at worst.
+        let _ = self.tree.collect(&before);
         Ok(sha256(bytes))
     }
 
     /// Removes a name, and the blobs that no other name needs and nobody has leased. Returns
-    /// whether there was one.
+    /// whether there was one. Needs no free space, so it works on a full disk.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     pub fn remove(&self, name: &ModelName) -> Result<bool, StoreError> {
         let _change = self.lock_changes();
         let Some(name) = self.stored_name(name)? else { return Ok(false) };
-        let before = match self.read_record(&name) {
+        let before = match self.tree.read_record(&name) {
             Ok(record) => record.map(|record| record.manifest.digests()).unwrap_or_default(),
             Err(StoreError::Manifest { .. }) => Vec::new(),
             Err(error) => return Err(error),
         };
-        let path = self.manifest_path(&name);
-        self.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        let path = self.tree.manifest_path(&name);
+        self.tree.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
         // The name must be gone for good before its blobs go.
         for folder in path.ancestors().skip(1).take(4) {
-            self.fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
-            let is_root = folder == self.home.join("manifests");
+            self.tree.fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
+            let is_root = folder == self.tree.home.join("manifests");
             if is_root
-                || !self.fs.remove_empty_dir(folder).map_err(StoreError::io("remove", folder))?
+                || !self
+                    .tree
+                    .fs
+                    .remove_empty_dir(folder)
+                    .map_err(StoreError::io("remove", folder))?
             {
                 break;
             }
         }
-        self.index.remove_name(&name)?;
-        self.collect(&before)?;
+        self.tree.collect(&before)?;
+        // A row too many is no loss, and on a full disk the index cannot be written.
+        let _ = self.tree.index.remove_name(&name);
         Ok(true)
     }
 
@@ -211,14 +217,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn blob(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
+        Ok(self.blob_meta(digest)?.map(|meta| meta.len))
+    }
+
+    fn blob_meta(&self, digest: &Digest) -> Result<Option<fs::Meta>, StoreError> {
         let path = self.blob_path(digest);
-        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
-        Ok(meta.filter(|meta| !meta.is_dir).map(|meta| meta.len))
+        let meta = self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        Ok(meta.filter(|meta| !meta.is_dir))
     }
 
     /// Where a blob lies, if it is here.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.home.join("blobs").join(blob::blob_name(digest))
+        self.tree.blob_path(digest)
     }
 
     /// The bytes of a small blob, checked against the digest.
@@ -230,7 +240,7 @@ impl Store {
         if self.blob(digest)?.is_none() {
             return Err(StoreError::Missing(*digest));
         }
-        blob::read_checked(self.fs.as_ref(), &self.blob_path(digest), digest, max_bytes)
+        blob::read_checked(self.tree.fs.as_ref(), &self.blob_path(digest), digest, max_bytes)
     }
 
     /// Stores a small blob.
@@ -241,7 +251,7 @@ impl Store {
         let digest = sha256(bytes);
         if self.blob(&digest)? != Some(bytes.len() as u64) {
             blob::put_file(
-                self.fs.as_ref(),
+                self.tree.fs.as_ref(),
                 &self.staging_path(),
                 &self.blob_path(&digest),
                 bytes,
@@ -260,7 +270,7 @@ impl Store {
             return Err(StoreError::Missing(*digest));
         }
         let path = self.blob_path(digest);
-        let mut file = self.fs.open_read(&path).map_err(StoreError::io("open", &path))?;
+        let mut file = self.tree.fs.open_read(&path).map_err(StoreError::io("open", &path))?;
         let actual = blob::hash_file(file.as_mut(), &path)?;
         if actual == *digest {
             Ok(())
@@ -269,9 +279,42 @@ impl Store {
         }
     }
 
-    /// Protects blobs, here or yet to come, until the lease is dropped.
+    /// Makes sure that a blob is what its digest says. It is hashed again only where its file has
+    /// another length or time than when it was last known to be right, so this is cheap enough to
+    /// be asked before every use.
+    ///
+    /// # Errors
+    /// As for [`Store::verify`].
+    pub fn intact(&self, digest: &Digest) -> Result<(), StoreError> {
+        let is_stamped = || -> Result<bool, StoreError> {
+            let meta = self.blob_meta(digest)?.ok_or(StoreError::Missing(*digest))?;
+            Ok(self.tree.index.is_stamped(digest, &meta))
+        };
+        if is_stamped()? {
+            return Ok(());
+        }
+        let _hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_stamped()? {
+            return Ok(());
+        }
+        let before = self.blob_meta(digest)?.ok_or(StoreError::Missing(*digest))?;
+        self.verify(digest)?;
+        // Without the note it is hashed again next time, which is no failure.
+        let _ = self.tree.index.put_stamp(digest, &before);
+        Ok(())
+    }
+
+    /// Notes that a blob's bytes have just been hashed on their way here, for [`Store::intact`].
+    pub fn note_intact(&self, digest: &Digest) {
+        if let Ok(Some(meta)) = self.blob_meta(digest) {
+            let _ = self.tree.index.put_stamp(digest, &meta);
+        }
+    }
+
+    /// Protects blobs, here or yet to come, until the lease is dropped. What should have gone
+    /// meanwhile goes then.
     pub fn lease(&self, digests: &[Digest]) -> Lease {
-        self.claims.lease(digests)
+        Lease::new(&self.tree, digests)
     }
 
     /// Opens a partial: a new one, or one that was begun under this key and is hashed again. `size`
@@ -300,7 +343,7 @@ impl Store {
 
     /// What a header said when it was last read, if that is still known.
     pub fn inspection(&self, digest: &Digest) -> Option<Inspection> {
-        self.index.inspection(digest)
+        self.tree.index.inspection(digest)
     }
 
     /// Keeps what a header says.
@@ -309,12 +352,12 @@ impl Store {
     /// [`StoreError::Index`], [`StoreError::DiskFull`] or [`StoreError::Io`]; the store is whole
     /// without it.
     pub fn put_inspection(&self, digest: &Digest, value: &Inspection) -> Result<(), StoreError> {
-        self.index.put_inspection(digest, value)
+        self.tree.index.put_inspection(digest, value)
     }
 
     /// When a name was last used, if that is known.
     pub fn last_use(&self, name: &ModelName) -> Option<SystemTime> {
-        self.index.last_use(name)
+        self.tree.index.last_use(name)
     }
 
     /// Notes that a name is used now.
@@ -322,7 +365,7 @@ impl Store {
     /// # Errors
     /// As for [`Store::put_inspection`].
     pub fn touch(&self, name: &ModelName) -> Result<(), StoreError> {
-        self.index.touch(name, SystemTime::now())
+        self.tree.index.touch(name, SystemTime::now())
     }
 
     /// Where the partial of a key lies, and the right to change it.
@@ -335,40 +378,36 @@ impl Store {
         {
             return Err(StoreError::Key(key.chars().take(80).collect()));
         }
-        let claim = self.claims.claim(key).ok_or_else(|| StoreError::Busy(key.to_owned()))?;
-        let folder = self.home.join("partial");
+        let claim = self.tree.claims.claim(key).ok_or_else(|| StoreError::Busy(key.to_owned()))?;
+        let folder = self.tree.home.join("partial");
         let place = Place {
-            fs: Arc::clone(&self.fs),
+            fs: Arc::clone(&self.tree.fs),
             data: folder.join(key),
             journal: folder.join(format!("{key}{}", blob::JOURNAL_ENDING)),
-            blobs: self.home.join("blobs"),
+            blobs: self.tree.home.join("blobs"),
         };
         Ok((place, claim))
     }
 
     fn lock_changes(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.change.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn manifest_path(&self, name: &ModelName) -> PathBuf {
-        self.home.join("manifests").join(name.path().join("/"))
+        self.tree.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A file name of its own for bytes that are being put. The lock on the home makes a counter
     /// enough.
     fn staging_path(&self) -> PathBuf {
         let n = self.next_staging.fetch_add(1, Ordering::Relaxed);
-        self.home.join("partial").join(format!("{STAGING}{n}"))
+        self.tree.home.join("partial").join(format!("{STAGING}{n}"))
     }
 
     /// Makes the folders above a manifest; each new one is on the disk before it is used.
     fn create_manifest_dirs(&self, name: &ModelName) -> Result<(), StoreError> {
-        let mut folder = self.home.join("manifests");
+        let mut folder = self.tree.home.join("manifests");
         for part in &name.path()[..3] {
             let above = folder.clone();
             folder.push(part);
-            if self.fs.create_dir(&folder).map_err(StoreError::io("make", &folder))? {
-                self.fs.sync_dir(&above).map_err(StoreError::io("sync", &above))?;
+            if self.tree.fs.create_dir(&folder).map_err(StoreError::io("make", &folder))? {
+                self.tree.fs.sync_dir(&above).map_err(StoreError::io("sync", &above))?;
             }
         }
         Ok(())
@@ -376,62 +415,11 @@ impl Store {
 
     /// The name as it is stored, which may differ in letter case.
     fn stored_name(&self, name: &ModelName) -> Result<Option<ModelName>, StoreError> {
-        let path = self.manifest_path(name);
-        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        let path = self.tree.manifest_path(name);
+        let meta = self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
         if meta.is_some_and(|meta| !meta.is_dir) {
             return Ok(Some(name.clone()));
         }
-        Ok(self.manifest_names()?.into_iter().find(|stored| stored.matches(name)))
-    }
-
-    /// The names of all files in the manifests tree.
-    fn manifest_names(&self) -> Result<Vec<ModelName>, StoreError> {
-        let mut paths = vec![Vec::new()];
-        for _ in 0..4 {
-            let mut below = Vec::new();
-            for parts in paths {
-                let folder = self.home.join("manifests").join(parts.join("/"));
-                for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
-                    below.push([parts.as_slice(), &[name]].concat());
-                }
-            }
-            paths = below;
-        }
-        let parse = |parts: Vec<String>| {
-            let [host, namespace, model, tag] = parts.as_slice() else { return None };
-            ModelName::from_path([host, namespace, model, tag]).ok()
-        };
-        Ok(paths.into_iter().filter_map(parse).collect())
-    }
-
-    fn read_record(&self, name: &ModelName) -> Result<Option<Record>, StoreError> {
-        let path = self.manifest_path(name);
-        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
-        let Some(meta) = meta.filter(|meta| !meta.is_dir) else { return Ok(None) };
-        let failed = |source| StoreError::Manifest { name: Box::new(name.clone()), source };
-        if meta.len > limits::MANIFEST_BYTES as u64 {
-            return Err(failed(ManifestError::TooLong));
-        }
-        let bytes = fs::read(self.fs.as_ref(), &path, limits::MANIFEST_BYTES)
-            .map_err(StoreError::io("read", &path))?;
-        let manifest = Manifest::parse(&bytes).map_err(failed)?;
-        let (name, modified) = (name.clone(), meta.modified);
-        Ok(Some(Record { name, digest: sha256(&bytes), manifest, modified }))
-    }
-
-    /// Removes what a killed process left half put, and journals without data.
-    fn sweep_partials(&self) -> Result<(), StoreError> {
-        let folder = self.home.join("partial");
-        let names = self.fs.list(&folder).map_err(StoreError::io("list", &folder))?;
-        let is_left_over = |name: &String| {
-            let data = name.strip_suffix(blob::JOURNAL_ENDING);
-            let has_data = |data: &str| names.iter().any(|other| other == data);
-            name.starts_with(STAGING) || data.is_some_and(|data| !has_data(data))
-        };
-        for name in names.iter().filter(|name| is_left_over(name)) {
-            let path = folder.join(name);
-            self.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
-        }
-        Ok(())
+        Ok(self.tree.manifest_names()?.into_iter().find(|stored| stored.matches(name)))
     }
 }

@@ -18,6 +18,9 @@ pub const KEY_CHARS: usize = 200;
 /// Blobs that no manifest names are kept this long, so that a pull that was killed before its last
 /// step need not fetch them again.
 pub const ORPHAN_AGE: Duration = Duration::from_hours(7 * 24);
+/// Partials, staged archives among them, that nobody went on with for this long are swept at start:
+/// as long as a finished blob waits for its name, and no abandoned pull fills the disk for ever.
+pub const PARTIAL_AGE: Duration = ORPHAN_AGE;
 /// Bytes of memory that the index may use as a cache. It holds little and is read rarely.
 pub const INDEX_CACHE_BYTES: u64 = 1 << 20;
 /// How long sled's own lock is waited for after the last user of the index in this process left.

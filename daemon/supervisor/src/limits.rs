@@ -23,7 +23,7 @@ pub const LOAD_STALL: Duration = Duration::from_mins(2);
 pub const INSPECT: Duration = Duration::from_secs(30);
 /// Short-lived runners that inspect at a time. More would only share the same cores.
 pub const INSPECTORS: usize = 2;
-/// No `Stats` for so long with work in flight is a hang; ten heartbeats.
+/// No frame for so long with work in flight is a hang; ten heartbeats.
 pub const HEARTBEAT: Duration = Duration::from_secs(10);
 /// No new step for so long with work in flight is a hang. One step may be a prefill chunk of a
 /// large model on few cores.
@@ -36,6 +36,9 @@ pub const STDERR_END: Duration = Duration::from_millis(500);
 pub const STOP: Duration = Duration::from_secs(5);
 /// What the old runner of a swap gets to finish its answers.
 pub const SWAP_DRAIN: Duration = Duration::from_mins(2);
+/// So long after a swap, a request for the replaced files counts as one that looked its model up
+/// before it: an inspection and the wait for one lie between at most.
+pub const STALE_ASK: Duration = Duration::from_mins(1);
 /// A place in the queue is given up after so long: loads of large models from slow disks included.
 pub const QUEUE_WAIT: Duration = Duration::from_mins(5);
 

@@ -175,7 +175,7 @@ pub(crate) struct Link {
     writer: FrameWriter,
     stage: Stage,
     live: HashMap<AskId, Live>,
-    /// When the last sign of life came: progress of a load, or statistics.
+    /// When the last sign of life came: any frame.
     heard_at: Instant,
     steps: u64,
     stepped_at: Instant,
@@ -204,20 +204,34 @@ pub(crate) async fn run(
             let mut reader = FrameReader::new(read);
             let mut link = Link::new(id, &launch, reports.clone(), FrameWriter::new(write));
             let end = link.serve(&mut reader, &mut commands).await;
+            // From here on the owner keeps what it would have sent.
+            commands.close();
             // Closes the socket: a runner that still lives takes that as its end.
             let Link { live, stage, leave_by, has_drained, .. } = link;
             drop(reader);
-            let cause = bury(id, process, end, leave_by.is_some() || has_drained).await;
-            let unfinished = live.into_iter().filter_map(|(id, live)| {
+            let mut unfinished = unsent(&mut commands).await;
+            unfinished.extend(live.into_iter().filter_map(|(id, live)| {
                 let Live { route, begun, .. } = live;
                 route.map(|route| Unfinished { id, begun, route })
-            });
+            }));
+            let cause = bury(id, process, end, leave_by.is_some() || has_drained).await;
             tracing::debug!(runner = id, ?stage, ?cause, "runner ended");
-            (cause, unfinished.collect())
+            (cause, unfinished)
         }
     };
     // A closed channel means that the owner has ended, and with it whoever could care.
     let _ = reports.send((id, Report::Gone { cause, unfinished })).await;
+}
+
+/// The requests that a closed inbox still holds.
+async fn unsent(commands: &mut mpsc::Receiver<Command>) -> Vec<Unfinished> {
+    let mut unsent = Vec::new();
+    while let Some(command) = commands.recv().await {
+        if let Command::Generate { id, route } = command {
+            unsent.push(Unfinished { id, begun: false, route });
+        }
+    }
+    unsent
 }
 
 /// Sees the process to its end and says in the log how it was.
@@ -365,13 +379,13 @@ impl Link {
     }
 
     async fn hear(&mut self, message: FromRunner) -> Result<(), Error> {
+        self.heard_at = Instant::now();
         match message {
             FromRunner::Delta { id, delta } => return self.pass_on(id, delta),
             FromRunner::Done { id, done } => self.end(id, Event::Done(done)).await,
             FromRunner::Failed { id, fault } => self.end(id, Event::Failed(fault)).await,
             FromRunner::Stats(stats) => self.beat(stats),
             FromRunner::Progress { stage, done, total } => {
-                self.heard_at = Instant::now();
                 tracing::debug!(runner = self.id, ?stage, done, total, "load");
             }
             FromRunner::Ready { info, context, memory_bytes } if self.stage == Stage::Loading => {
@@ -389,7 +403,6 @@ impl Link {
     }
 
     fn beat(&mut self, stats: Stats) {
-        self.heard_at = Instant::now();
         if stats.steps != self.steps {
             self.steps = stats.steps;
             self.stepped_at = self.heard_at;
@@ -456,6 +469,21 @@ mod tests {
             n_messages += usize::from(take(&mut buffer).expect("frames").is_some());
         }
         assert_eq!((n_messages, buffer.len()), (3, 0));
+    }
+
+    #[tokio::test]
+    async fn every_frame_is_a_sign_of_life() {
+        let (ours, _theirs) = tokio::net::UnixStream::pair().expect("a socket");
+        let (reports, _reported) = mpsc::channel(1);
+        let launch = Launch::of(std::path::Path::new("v4"));
+        let mut link = Link::new(1, &launch, reports, FrameWriter::new(ours.into_split().1));
+        let delta = FromRunner::Delta { id: 7, delta: Delta::default() };
+        for message in [delta, FromRunner::Drained, FromRunner::Stats(Stats::default())] {
+            let before = link.heard_at;
+            tokio::task::yield_now().await;
+            link.hear(message).await.expect("in place");
+            assert!(link.heard_at > before);
+        }
     }
 
     #[test]

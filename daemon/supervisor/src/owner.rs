@@ -119,7 +119,7 @@ impl Owner {
     pub async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         self.step(Event::Tick);
         while !self.state.is_over() {
-            let deadline = self.state.next_deadline(self.now());
+            let deadline = self.state.next_deadline();
             // A keep-alive of centuries is beyond the clock, and as good as none.
             let deadline = deadline.and_then(|at| self.started.checked_add(at));
             let tick = async {
@@ -217,10 +217,10 @@ impl Owner {
             Effect::Spawn(runner) => self.spawn(runner),
             Effect::Load { runner, model } => self.load(runner, &model),
             Effect::Send { runner, ask, load } => self.send(runner, ask, load),
-            Effect::Cancel { runner, ask } => self.command(runner, Command::Cancel { id: ask }),
+            Effect::Cancel { runner, ask } => self.tell(runner, Command::Cancel { id: ask }),
             Effect::Stop { runner, deadline } => {
                 tracing::info!(runner, ?deadline, "runner is told to leave");
-                self.command(runner, Command::Drain { deadline });
+                self.tell(runner, Command::Drain { deadline });
             }
             Effect::Done { ask, load } => {
                 self.reply(ask, Ok(begun(load)));
@@ -248,13 +248,17 @@ impl Owner {
             threads: self.threads,
             isa: self.isa.clone(),
         };
-        self.command(runner, Command::Load { files: model.target.files.clone(), options });
+        self.tell(runner, Command::Load { files: model.target.files.clone(), options });
     }
 
     fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {
         self.reply(ask, Ok(begun(load)));
         if let Some(route) = self.clients.remove(&ask).and_then(|client| client.route) {
-            self.command(runner, Command::Generate { id: ask, route });
+            let unsent = self.command(runner, Command::Generate { id: ask, route });
+            if let Err(Command::Generate { route, .. }) = unsent {
+                // The report of the runner's end has the policy send it again, to another.
+                self.clients.insert(ask, Client { reply: None, route: Some(route) });
+            }
         }
     }
 
@@ -276,17 +280,24 @@ impl Owner {
         }
     }
 
-    fn command(&mut self, runner: RunnerId, command: Command) {
-        let Some(linked) = self.links.get(&runner) else { return };
-        match linked.commands.try_send(command) {
-            // A closed channel is a link that has ended: its report is on the way.
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
+    /// Gives a command back where the link takes none any more: its report is on the way.
+    fn command(&mut self, runner: RunnerId, command: Command) -> Result<(), Command> {
+        let Some(linked) = self.links.get(&runner) else { return Err(command) };
+        linked.commands.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Closed(command) => command,
+            mpsc::error::TrySendError::Full(command) => {
                 tracing::error!(runner, "the link takes no commands; its runner is killed");
                 // Dropping the sender kills the runner; the report of its end follows.
                 self.links.remove(&runner);
+                command
             }
-        }
+        })
+    }
+
+    /// Sends what means nothing to a runner that has ended.
+    fn tell(&mut self, runner: RunnerId, command: Command) {
+        // The report of the end says all that is to be done.
+        let _ = self.command(runner, command);
     }
 
     fn ps(&self) -> Vec<Loaded> {

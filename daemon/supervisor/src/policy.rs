@@ -396,6 +396,8 @@ struct Name {
     swaps: Vec<Pending>,
     /// Files that failed to replace what is loaded, and until when they are not tried again.
     refused: Option<(ModelFiles, Time)>,
+    /// Files that a swap has replaced, and until when an ask for them counts as an old one.
+    replaced: Option<(ModelFiles, Time)>,
     error: Option<Fault>,
     deaths: VecDeque<Time>,
     quarantined_until: Option<Time>,
@@ -418,6 +420,7 @@ impl Name {
             queue: VecDeque::new(),
             swaps: Vec::new(),
             refused: None,
+            replaced: None,
             error: None,
             deaths: VecDeque::new(),
             quarantined_until: None,
@@ -516,6 +519,7 @@ pub struct State {
     spare_retry_at: Time,
     spare_deaths: u32,
     closing: bool,
+    stepped_at: Time,
 }
 
 impl State {
@@ -529,6 +533,7 @@ impl State {
             spare_retry_at: Time::ZERO,
             spare_deaths: 0,
             closing: false,
+            stepped_at: Time::ZERO,
         }
     }
 
@@ -556,8 +561,9 @@ impl State {
         self.runners.values().map(|runner| runner.bytes).fold(0, u64::saturating_add)
     }
 
-    /// When [`Event::Tick`] is due at the latest. What is due already waits for another event.
-    pub fn next_deadline(&self, now: Time) -> Option<Time> {
+    /// When [`Event::Tick`] is due at the latest: maybe in the past, if the last step was long ago.
+    /// What that step found due waits for another event.
+    pub fn next_deadline(&self) -> Option<Time> {
         let expiries = self.runners.values().filter_map(Runner::expires);
         let names = self.names.values().flat_map(|name| {
             let waits = name.queue.iter().chain(&name.swaps).map(|pending| pending.asked_at);
@@ -567,7 +573,7 @@ impl State {
         });
         let lacks_spare = self.rules.spare && !self.closing && self.free_runner().is_none();
         let spare = lacks_spare.then_some(self.spare_retry_at);
-        expiries.chain(names).chain(spare).filter(|at| *at > now).min()
+        expiries.chain(names).chain(spare).filter(|at| *at > self.stepped_at).min()
     }
 
     /// A runner without a model, one that has shaken hands first.
@@ -589,6 +595,7 @@ struct Turn {
 /// Books `event` and says what to do.
 pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
     let mut turn = Turn { now, effects: Vec::new() };
+    state.stepped_at = now;
     match event {
         Event::Ask { ask, target, hold } => admit(state, ask, (*target, hold), &mut turn),
         Event::Left(ask) => leave(state, ask, &mut turn),
@@ -621,14 +628,15 @@ fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut
     };
     let name =
         state.names.entry(key(&model.target.name)).or_insert_with(|| Name::new(Arc::clone(&model)));
-    let is_refused = name.runner.is_some()
+    let is_barred = name.runner.is_some()
         && name
             .refused
-            .as_ref()
-            .is_some_and(|(files, until)| files == model.files() && now < *until);
+            .iter()
+            .chain(&name.replaced)
+            .any(|(files, until)| files == model.files() && now < *until);
     // A request that looked its model up a moment ago does not turn a swap back.
     let is_swapping = name.next.is_some() || name.eager_since.is_some();
-    if ask.kind == Kind::Swap || !(is_refused || is_swapping) {
+    if ask.kind == Kind::Swap || !(is_barred || is_swapping) {
         if name.want.files() != model.files() {
             name.refused = None;
         }
@@ -698,7 +706,9 @@ fn loaded(state: &mut State, id: RunnerId, bytes: u64, turn: &mut Turn) {
         old = name.runner.replace(id);
         name.next = None;
     }
-    name.fallback = None;
+    if let Some(before) = name.fallback.take() {
+        name.replaced = Some((before.files().clone(), now + limits::STALE_ASK));
+    }
     name.inherited = None;
     name.eager_since = None;
     if model.files() == name.want.files() {

@@ -215,6 +215,32 @@ async fn a_death_before_the_first_token_is_tried_once_more() {
 }
 
 #[tokio::test]
+async fn a_request_that_meets_a_dying_runner_goes_to_the_next() {
+    let setup = Setup::normal();
+    // The socket ends at once, the process only when it is killed.
+    assert_eq!(setup.tell("a", "close and linger").await.1, done(Finish::Stop));
+    for _ in 0..2 {
+        let (one, two) = tokio::join!(setup.tell("a", "echo 1"), setup.tell("a", "echo 2"));
+        assert_eq!(one, ("1".into(), done(Finish::Stop)));
+        assert_eq!(two, ("2".into(), done(Finish::Stop)));
+    }
+}
+
+#[tokio::test]
+async fn what_a_link_has_not_read_at_its_end_is_given_back() {
+    let (commands, inbox) = mpsc::channel(1);
+    let (reports, mut reported) = mpsc::channel(1);
+    let (route, _waiting) = answer::route(Vec::new());
+    commands.try_send(link::Command::Generate { id: 7, route }).expect("room");
+    tokio::spawn(link::run(1, launch("old-protocol"), inbox, reports));
+    let Some((1, link::Report::Gone { unfinished, .. })) = soon(reported.recv()).await else {
+        panic!("an end was to come")
+    };
+    let given_back: Vec<_> = unfinished.iter().map(|cut| (cut.id, cut.begun)).collect();
+    assert_eq!(given_back, [(7, false)]);
+}
+
+#[tokio::test]
 async fn three_deaths_put_the_model_out_of_service() {
     let setup = Setup::normal();
     // Each dies twice: by itself and once more for the request that had no token.

@@ -19,7 +19,7 @@ use crate::pool::Scratch;
 const TILE: usize = 128;
 /// Query rows (rows times heads of the group) that a share works on at most: their outputs stay in
 /// the second cache.
-const QUERY_ROWS: usize = 48;
+pub const QUERY_ROWS: usize = 48;
 /// Tiles that a share takes when it has too few query rows to be worth more.
 const TILES: usize = 4;
 
@@ -265,7 +265,8 @@ impl Batch<'_> {
         }
         for (at, row) in share.rows.clone().enumerate() {
             let heads = layer.heads(span.first_row + row, share.kv_head);
-            // SAFETY: each row and KV head is in one share, and in no joint.
+            // SAFETY: spans share no rows, as `attend` has seen: each row and KV head is in one
+            // share, and in no joint.
             let out = unsafe { self.out.part(heads) };
             let max_sum = &state.max_sum[at * 2 * layer.group()..];
             let values = &state.values[at * width..][..width];
@@ -300,7 +301,8 @@ impl Batch<'_> {
             self.partials.part(joint.partial..joint.partial + joint.n_tiles * group * width)
         };
         let heads = layer.heads(span.first_row + joint.row, joint.kv_head);
-        // SAFETY: each row and KV head is in one joint, and in no share that writes here.
+        // SAFETY: spans share no rows, as `attend` has seen: each row and KV head is in one joint,
+        // and in no share that writes here.
         let out = unsafe { self.out.part(heads) };
         for (query, out) in out.chunks_exact_mut(head_dim).enumerate() {
             let mut state = NOTHING;
@@ -338,7 +340,15 @@ impl Cpu {
         let (shape, n_blocks) = (kv.shape, kv.n_blocks);
         assert!(index < shape.n_layers && attention.n_heads.is_multiple_of(shape.n_kv_heads));
         assert!(attention.n_heads / shape.n_kv_heads <= QUERY_ROWS, "heads of a KV head");
-        for span in spans {
+        let rows = q.len().min(out.len()) / (attention.n_heads * shape.head_dim);
+        let mut end = 0;
+        for (index, span) in spans.iter().enumerate() {
+            // `Batch` hands out rows of `out` on the strength of this.
+            let first = span.first_row;
+            let before = "where the last one ends";
+            assert!(first >= end, "span {index} begins at row {first}, before row {end} {before}");
+            end = first.checked_add(span.n_rows).expect("a batch has fewer rows than a usize");
+            assert!(end <= rows, "span {index} ends at row {end} of {rows}");
             assert!(span.n_rows <= span.kv_len);
             assert!(span.kv_len <= span.blocks.len() * shape.block_tokens);
         }
@@ -534,6 +544,35 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Attends to spans of (first row, rows) with two heads in buffers of four rows.
+    fn attend_to(rows: &[(usize, usize)]) {
+        let Case { shape, attention, .. } = Case::new(2, 1, 8, &[]);
+        let mut cpu = Cpu::open(&CpuOptions { threads: 2, isa: None }).unwrap();
+        let kv = cpu.kv_cache(shape, 1).unwrap();
+        let q = cpu.buffer(4 * 2 * 8).unwrap();
+        let mut out = cpu.buffer(4 * 2 * 8).unwrap();
+        let span = |&(first_row, n_rows)| Span { first_row, n_rows, kv_len: 16, blocks: &[0] };
+        let spans: Vec<_> = rows.iter().map(span).collect();
+        cpu.attention(&attention, (&kv, 0), &q, &spans, &mut out).unwrap();
+    }
+
+    #[test]
+    fn spans_may_leave_rows_out() {
+        attend_to(&[(0, 1), (2, 1), (3, 1)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "span 1 begins at row 0, before row 1 where the last one ends")]
+    fn spans_that_share_rows_are_refused() {
+        attend_to(&[(0, 1), (0, 1)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "span 1 ends at row 5 of 4")]
+    fn a_span_beyond_the_buffer_is_refused() {
+        attend_to(&[(0, 1), (1, 4)]);
     }
 
     fn case_of(case: &Case) -> Case {

@@ -299,6 +299,62 @@ fn activations_are_quantised_the_same_everywhere() {
     }
 }
 
+#[test]
+fn damaged_and_tiny_activations_are_quantised_the_same_everywhere() {
+    let mut random = Random::new(10);
+    let reals = random.reals(32);
+    let group = |places: &[usize], value: f32| {
+        let mut group = reals.clone();
+        for &place in places {
+            group[place] = value;
+        }
+        group
+    };
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let mut damaged = vec![vec![nan; 32], vec![-inf; 32]];
+    for place in 0..32 {
+        let all = [nan, -nan, inf, -inf, f32::from_bits(0x7f80_0001), f32::from_bits(u32::MAX)];
+        damaged.extend(all.map(|value| group(&[place], value)));
+    }
+    damaged.push(group(&[0, 9, 31], nan));
+    let tiny = [3.7e-37, 1e-38, 1e-44, 0.0].map(|size: f32| vec![-size; 32]);
+    for name in isas() {
+        let isa = open(name);
+        for group in &damaged {
+            let input = Input::new(&isa, group.clone(), 32);
+            assert_eq!(input.d[0].to_bits(), f32::NAN.to_bits(), "{name} {group:?}");
+            assert_eq!((input.q, input.sum), (vec![0; 32], vec![0; 2]), "{name} {group:?}");
+        }
+        for group in &tiny {
+            let input = Input::new(&isa, group.clone(), 32);
+            assert_eq!(input.d[0].to_bits(), (group[0].abs() / 127.0).to_bits(), "{name}");
+            assert_eq!((input.q, input.sum), (vec![0; 32], vec![0; 2]), "{name} {group:?}");
+        }
+        let least = Input::new(&isa, vec![3.8e-37; 32], 32);
+        assert_eq!((least.q, least.sum), (vec![127; 32], vec![16 * 127; 2]), "{name}");
+    }
+}
+
+#[test]
+fn a_damaged_activation_damages_its_own_row_of_a_product() {
+    let mut random = Random::new(11);
+    for quant in Quant::all() {
+        let (cols, rows, tokens) = (2 * quant.block_len().max(32), 19, 9);
+        let matrix = weights(&mut random, quant, rows, cols);
+        let mut x = random.reals(tokens * cols);
+        x[4 * cols + 37] = f32::NAN;
+        for name in isas() {
+            let input = Input::new(&open(name), x.clone(), cols);
+            let (direct, tiled) = products(&open(name), &matrix, &input);
+            for (at, (direct, tiled)) in direct.iter().zip(&tiled).enumerate() {
+                let is_damaged = at / rows == 4;
+                assert_eq!(direct.is_nan(), is_damaged, "{name} {quant} gemv at {at}");
+                assert_eq!(tiled.is_nan(), is_damaged, "{name} {quant} gemm at {at}");
+            }
+        }
+    }
+}
+
 fn assert_near(got: &[f32], expected: impl IntoIterator<Item = f64>, bound: f64, what: &str) {
     let mut n = 0;
     for (i, expected) in expected.into_iter().enumerate() {
@@ -408,6 +464,28 @@ fn a_softmax_of_a_tile_is_right() {
         let mut nothing = [f32::NEG_INFINITY; 20];
         assert_eq!(isa.softmax_tile(&mut nothing), (f32::NEG_INFINITY, 0.0), "{name}");
         assert!(nothing.iter().all(|value| value.to_bits() == 0), "{name}");
+    }
+}
+
+#[test]
+fn a_nan_score_stays_nan() {
+    let mut random = Random::new(12);
+    for name in isas() {
+        let isa = open(name);
+        for (n, place) in [(1, 0), (7, 3), (40, 0), (40, 39), (128, 5), (128, 127)] {
+            let mut x = random.reals(n);
+            x[place] = f32::NAN;
+            let others = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let mut capped = x.clone();
+            isa.soft_cap(&mut capped, 5.0);
+            let (max, sum) = isa.softmax_tile(&mut x);
+            assert_eq!(max.to_bits(), others.to_bits(), "{name} {n} {place}");
+            assert!(sum.is_nan(), "{name} {n} {place}: {sum}");
+            for (at, (x, capped)) in x.iter().zip(&capped).enumerate() {
+                assert_eq!(x.is_nan(), at == place, "{name} {n} {place}: {x} at {at}");
+                assert_eq!(capped.is_nan(), at == place, "{name} {n} {place}: {capped} at {at}");
+            }
+        }
     }
 }
 

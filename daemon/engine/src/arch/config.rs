@@ -1,6 +1,6 @@
 //! From metadata to the numbers of a model.
 
-use v4_kernels::{Activation, KvShape, KvType, Rope, RopeKind};
+use v4_kernels::{Activation, KvShape, KvType, MAX_QUERY_GROUP, Rope, RopeKind};
 use v4_proto::limits;
 
 use crate::Error;
@@ -219,6 +219,11 @@ impl Source<'_> {
         if n_kv_heads == 0 || !n_heads.is_multiple_of(n_kv_heads) {
             let problem = format!("is {n_kv_heads}, no divisor of the {n_heads} heads");
             return Err(Error::metadata(self.key(N_KV_HEADS), problem));
+        }
+        let group = n_heads / n_kv_heads;
+        if group > MAX_QUERY_GROUP {
+            let what = format!("{group} query heads a KV head (at most {MAX_QUERY_GROUP})");
+            return Err(Error::unsupported(what));
         }
         if head_dim == 0
             || head_dim % 2 != 0

@@ -1,11 +1,12 @@
 //! What all architectures share: metadata that makes no sense, and binding that is strict.
 
 use v4_kernels::cpu::CpuOptions;
-use v4_kernels::{Bytes, Cpu, Quant};
+use v4_kernels::{Bytes, Cpu, MAX_QUERY_GROUP, Quant};
 use v4_proto::{Code, limits};
 
 use super::*;
 use crate::format::{Array, Tensor, Value};
+use crate::inspect;
 use crate::model::{Alone, Model};
 
 fn tiny() -> File {
@@ -105,12 +106,23 @@ fn metadata_that_makes_no_sense_is_named() {
         ("expert_count", Value::U64(8)),
         ("attention.key_length", Value::U64(5)),
         ("attention.value_length", Value::U64(2)),
+        // 49 heads share the one KV head.
+        ("attention.head_count", Value::U64(MAX_QUERY_GROUP as u64 + 1)),
     ];
     for (name, value) in unsupported {
         let mut file = tiny();
         file.meta.insert(key(name), value);
+        // So that no other width depends on the number of heads.
+        if name == "attention.head_count" {
+            file.meta.insert(key("attention.key_length"), Value::U64(4));
+        }
         assert_eq!(refused(&file).fault().code, Code::Unsupported, "{name}");
+        assert!(!inspect::info(&file).expect("a header").supported, "{name}");
     }
+    let mut file = tiny();
+    file.meta.insert(key("attention.head_count"), Value::U64(MAX_QUERY_GROUP as u64));
+    file.meta.insert(key("attention.key_length"), Value::U64(4));
+    assert!(inspect::info(&file).expect("a header").supported);
 }
 
 #[test]

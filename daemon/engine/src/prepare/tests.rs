@@ -1,3 +1,5 @@
+use std::cell::RefCell;
+
 use super::*;
 use crate::format::{Array, Value as MetaValue};
 
@@ -146,6 +148,23 @@ fn old_turns_are_dropped_until_the_rest_fits() {
     let fault = prepare.prepare(&hopeless).expect_err("the last message alone is too long");
     assert_eq!(fault.code, Code::ContextOverflow);
     assert!(fault.message.contains("of 10 tokens") && fault.message.contains("47"), "{fault}");
+}
+
+#[test]
+fn cuts_that_are_too_long_by_their_bytes_are_not_encoded() {
+    let prepare = prepare(Some(TEMPLATE), 40);
+    let messages = vec![Message::new(User, "0123456789"); 1000];
+    let chat = Chat { messages: messages.into(), tools: &[], think: None };
+    let encoded = RefCell::new(Vec::new());
+    let encode = |text: &str| {
+        encoded.borrow_mut().push(text.len());
+        prepare.encode(text)
+    };
+    let fitted = prepare.fit(&chat, 40, true, &encode).expect("the newest turns fit");
+    assert!((20..40).contains(&fitted.ids.len()) && fitted.sent > 10_000);
+    // The longest token has three bytes, and the whole is counted once.
+    let encoded = encoded.into_inner();
+    assert!(encoded[0] > 10_000 && encoded[1..].iter().all(|&n| n < 40 * 3), "{encoded:?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use v4_kernels::{Cpu, Map, cpu::CpuOptions};
 use v4_proto::{Code, Fault, Generate, Input, Message, ModelFiles, Role, SamplingParams};
 
 use super::*;
-use crate::format::safetensors;
+use crate::format::{Array, Value, safetensors};
 use crate::prepare::Prepare;
 
 fn folder() -> PathBuf {
@@ -184,6 +184,46 @@ fn a_known_beginning_is_not_read_again() {
     ids[150] = (ids[150] + 1) % 500;
     let other = run_one(&prepare, &mut engine, request(ids, 20));
     assert_eq!(other.usage().cached_tokens, 128);
+}
+
+#[test]
+fn a_shared_block_counts_once() {
+    let (prepare, mut engine) = open("llama-f16", 2, None);
+    let ids = golden("llama-f16", "long.input_ids");
+    run_one(&prepare, &mut engine, request(ids.clone(), 5));
+    for id in [1, 2] {
+        let sequence = prepare.prepare(&request(ids.clone(), 5)).expect("a good request");
+        engine.submit(id, sequence);
+    }
+    engine.step(&mut |_, _| {}).expect("it works");
+    // Both hold the four blocks that are known, and one of their own.
+    let loads: Vec<_> = engine.loads().iter().map(|load| (load.blocks, load.shared)).collect();
+    assert_eq!(loads, [(5, 0), (5, 4)]);
+}
+
+#[test]
+fn a_tokenizer_with_more_tokens_than_the_embedding_is_refused() {
+    for n_more in [0, 1] {
+        let (prepare, Engine { model, .. }) = open("llama-f16", 1, None);
+        let key = |name: &str| format!("tokenizer.ggml.{name}");
+        let mut meta = model.meta().clone();
+        let mut texts = meta.strings(&key("tokens")).expect("tokens").to_vec();
+        let mut kinds = meta.i64s(&key("token_type")).expect("kinds").clone();
+        assert_eq!(texts.len(), model.vocabulary());
+        texts.extend(vec!["beyond".to_owned(); n_more]);
+        kinds.extend(vec![3; n_more]);
+        meta.insert(key("bos_token_id"), Value::U64(texts.len() as u64 - 1));
+        meta.insert(key("tokens"), Value::Array(Array::String(texts)));
+        meta.insert(key("token_type"), Value::Array(Array::I64(kinds)));
+        let longer = Prepare::new(&meta, None, prepare.context()).expect("a good tokenizer");
+        let tokenizer = Arc::clone(longer.tokenizer());
+        let engine = Engine::new(model, tokenizer, prepare.context(), 1);
+        assert_eq!(engine.is_ok(), n_more == 0);
+        if let Err(error) = engine {
+            assert_eq!(error.fault().code, Code::Corrupt);
+            assert!(error.to_string().contains("tokenizer.ggml.tokens"), "{error}");
+        }
+    }
 }
 
 #[test]

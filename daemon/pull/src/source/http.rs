@@ -13,7 +13,11 @@ use reqwest::{
 };
 
 use super::{Net, host};
-use crate::{error::PullError, limits, write::Sink};
+use crate::{
+    error::{PullError, shown},
+    limits,
+    write::Sink,
+};
 
 /// How one request failed.
 enum Failure {
@@ -108,7 +112,7 @@ async fn attempt_small(net: &Net, url: &str, max_bytes: usize) -> Result<Vec<u8>
     while let Some(piece) = response.chunk().await.map_err(|error| broken(net, url, error))? {
         if bytes.len() + piece.len() > max_bytes {
             let what = format!("more than {max_bytes} bytes");
-            return Err(PullError::Answer { url: url.to_owned(), what }.into());
+            return Err(PullError::Answer { url: shown(url), what }.into());
         }
         bytes.extend_from_slice(&piece);
     }
@@ -123,7 +127,7 @@ async fn attempt(
     tag: &mut Option<HeaderValue>,
     sink: &mut Sink<'_>,
 ) -> Result<u64, Failure> {
-    let answer = |what: String| PullError::Answer { url: url.to_owned(), what };
+    let answer = |what: String| PullError::Answer { url: shown(url), what };
     let have = sink.have();
     let mut response = send(net, url, range_headers(have, tag.as_ref())).await?;
     if response.status() == StatusCode::RANGE_NOT_SATISFIABLE && have > 0 {
@@ -134,7 +138,7 @@ async fn attempt(
             {
                 Ok(size)
             }
-            _ => Err(PullError::Changed { url: url.to_owned() }.into()),
+            _ => Err(PullError::Changed { url: shown(url) }.into()),
         };
     }
     check_status(url, &response)?;
@@ -194,10 +198,11 @@ fn range_headers(have: u64, tag: Option<&HeaderValue>) -> HeaderMap {
 async fn send(net: &Net, url: &str, headers: HeaderMap) -> Result<Response, Failure> {
     let request = net.client()?.get(url).header(ACCEPT_ENCODING, "identity").headers(headers);
     request.send().await.map_err(|source| {
+        let source = source.without_url();
         if source.is_connect() {
             Failure::Again(PullError::Unreachable { host: host(url), source }, None)
         } else if source.is_redirect() || source.is_builder() {
-            Failure::Last(PullError::Broken { url: url.to_owned(), source })
+            Failure::Last(PullError::Broken { url: shown(url), source })
         } else {
             broken(net, url, source)
         }
@@ -206,7 +211,8 @@ async fn send(net: &Net, url: &str, headers: HeaderMap) -> Result<Response, Fail
 
 /// An error in the middle of an answer.
 fn broken(net: &Net, url: &str, source: reqwest::Error) -> Failure {
-    let url = url.to_owned();
+    let url = shown(url);
+    let source = source.without_url();
     let error = if source.is_timeout() {
         PullError::Stalled { url, seconds: net.config.stall_timeout.as_secs() }
     } else {
@@ -220,7 +226,7 @@ fn check_status(url: &str, response: &Response) -> Result<(), Failure> {
     if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
         return Ok(());
     }
-    let error = PullError::Status { url: url.to_owned(), status: status.as_u16() };
+    let error = PullError::Status { url: shown(url), status: status.as_u16() };
     let is_passing = status.is_server_error()
         || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT);
     if !is_passing {
@@ -235,7 +241,7 @@ fn check_status(url: &str, response: &Response) -> Result<(), Failure> {
 fn check_tag(url: &str, tag: &mut Option<HeaderValue>, headers: &HeaderMap) -> Result<(), Failure> {
     let now = headers.get(ETAG);
     if tag.is_some() && now.is_some() && tag.as_ref() != now {
-        return Err(PullError::Changed { url: url.to_owned() }.into());
+        return Err(PullError::Changed { url: shown(url) }.into());
     }
     if tag.is_none() {
         *tag = now.cloned();

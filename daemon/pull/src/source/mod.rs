@@ -15,7 +15,7 @@ use tokio::{sync::mpsc, task::spawn_blocking};
 use v4_store::Store;
 
 use crate::{
-    error::PullError,
+    error::{PullError, shown},
     fetch::Turns,
     jobs::PullConfig,
     limits,
@@ -161,7 +161,7 @@ impl Net {
 
 /// Host and port of a URL.
 pub(crate) fn host(url: &str) -> String {
-    let Ok(url) = reqwest::Url::parse(url) else { return url.to_owned() };
+    let Ok(url) = reqwest::Url::parse(url) else { return shown(url) };
     let host = url.host_str().unwrap_or_default();
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }

@@ -13,7 +13,7 @@ use zip::ZipArchive;
 
 use super::{Place, Share, http, pump, read_all};
 use crate::{
-    error::PullError,
+    error::{PullError, shown},
     limits,
     write::{Scale, Sink, Turn, Writer, blocking},
 };
@@ -143,7 +143,8 @@ async fn release(
     let of_package = format!("{base}/pypi/{package}/json");
     let known: Option<Package> = ask(place, &of_package).await?;
     let files = known.and_then(|mut known| known.releases.remove(version));
-    let files = files.ok_or_else(|| member.wrong(format!("no place on the index {base}")))?;
+    let files =
+        files.ok_or_else(|| member.wrong(format!("no place on the index {}", shown(base))))?;
     Ok((of_package, files))
 }
 
@@ -154,7 +155,7 @@ async fn ask<T: DeserializeOwned>(place: Place<'_>, url: &str) -> Result<Option<
         answer => answer?,
     };
     let parsed = serde_json::from_slice(&bytes).map_err(|error| PullError::Answer {
-        url: url.to_owned(),
+        url: shown(url),
         what: format!("something that is no release: {error}"),
     });
     parsed.map(Some)

@@ -43,6 +43,20 @@ async fn a_pull_makes_a_name_and_a_second_one_asks_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_index_that_cannot_be_written_fails_no_pull() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let file = data.clone();
+    let server = Server::start(move |request| Reply::file(request, &file));
+    // In the way of the row count, which is written with each new row.
+    RealFs.create_dir(&world.store.home().join("index/rows.new")).unwrap();
+    let digest = world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    let inspection = crate::world::inspection(true);
+    assert!(world.store.put_inspection(&sha256(b"x"), &inspection).is_err());
+    world.pull_well("m").await;
+    world.store.verify(&digest).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_cut_only_the_rest_is_fetched() {
     let (world, data) = (World::new(), bytes(SIZE));
     let file = data.clone();

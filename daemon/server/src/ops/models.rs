@@ -119,6 +119,7 @@ pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
             format!("model '{}' has no weights of its own in the store", wanted.text),
         ));
     }
+    whole(daemon, wanted, &weights).await?;
     let chat_template = match &texts.template {
         Some(Template::Jinja(text)) => Some(text.clone()),
         _ => None,
@@ -126,6 +127,30 @@ pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
     let paths: Vec<PathBuf> = weights.iter().map(|digest| daemon.store.blob_path(digest)).collect();
     let files = ModelFiles { weights: paths, chat_template };
     Ok(Model { record, texts, files, weights })
+}
+
+/// Makes sure that the weights are what their digests say: a file that somebody cut, changed or
+/// removed would end the runner, or worse, answer.
+async fn whole(daemon: &Daemon, wanted: &Wanted, weights: &[Digest]) -> Result<(), Fault> {
+    let weights = weights.to_vec();
+    let is_whole = daemon.blocking(move |store| {
+        match weights.iter().try_for_each(|digest| store.intact(digest)) {
+            Ok(()) => Ok(true),
+            Err(StoreError::Missing(_) | StoreError::Digest { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    });
+    if is_whole.await? {
+        return Ok(());
+    }
+    Err(Fault::new(
+        Code::Corrupt,
+        format!(
+            "the weights of model '{0}' are missing or were changed on disk; mend them with \
+             `v4 pull {0}`",
+            wanted.text
+        ),
+    ))
 }
 
 fn read(store: &Store, name: &ModelName) -> Result<Option<(Record, Texts)>, StoreError> {

@@ -294,6 +294,36 @@ async fn a_body_has_its_limit() {
 }
 
 #[tokio::test]
+async fn a_large_body_leaves_its_room_before_its_answer() {
+    let fixture = stocked();
+    let padded = |body: &Value| {
+        let mut bytes = body.to_string().into_bytes();
+        bytes.resize(limits::LARGE_BODY_BYTES + 1, b' ');
+        bytes
+    };
+    for path in ["/api/chat", "/v1/chat/completions"] {
+        let messages = json!([{"role": "user", "content": "for ever"}]);
+        let endless = padded(&json!({"model": "m", "messages": messages, "stream": false}));
+        let waiting =
+            (0..limits::LARGE_BODIES).map(|_| ask(&fixture, "POST", path, endless.clone()));
+        let waiting = futures_util::future::join_all(waiting);
+        let other = async {
+            // All have been read when one of them has led to a load.
+            while fixture.daemon.supervisor.ps().await.is_empty() {
+                tokio::task::yield_now().await;
+            }
+            ask(&fixture, "POST", "/api/show", padded(&json!({"model": "missing"}))).await
+        };
+        tokio::select! {
+            _ = waiting => panic!("an end of what is for ever"),
+            other = other => assert_eq!(other.status, 404, "{path}"),
+        }
+        post(&fixture, "/api/generate", &json!({"model": "m", "keep_alive": 0})).await;
+        until_none_is_loaded(&fixture).await;
+    }
+}
+
+#[tokio::test]
 async fn a_streamed_answer_is_lines() {
     let fixture = stocked();
     let answer = post(&fixture, "/api/generate", &json!({"model": "m", "prompt": "Hi"})).await;

@@ -83,10 +83,91 @@ fn a_lease_keeps_what_is_removed_until_it_ends() {
     let lease = store.lease(&[sha256(b"used")]);
     assert!(store.remove(&name("a")).unwrap());
     assert_eq!(store.blob(&sha256(b"used")).unwrap(), Some(4));
+    let second = store.lease(&[sha256(b"used")]);
     drop(lease);
-    // Collected with the next change.
-    put(&store, "b", &[b"other"]);
+    assert_eq!(store.blob(&sha256(b"used")).unwrap(), Some(4));
+    drop(second);
     assert_eq!(store.blob(&sha256(b"used")).unwrap(), None);
+}
+
+#[test]
+fn a_name_that_came_back_keeps_its_blobs_when_the_lease_ends() {
+    let (folder, store) = home();
+    put(&store, "a", &[b"used"]);
+    let lease = store.lease(&[sha256(b"used")]);
+    assert!(store.remove(&name("a")).unwrap());
+    put(&store, "b", &[b"used"]);
+    drop(lease);
+    assert_eq!(store.blob(&sha256(b"used")).unwrap(), Some(4));
+    // A lease that outlives its store keeps the home from nobody.
+    let lease = store.lease(&[sha256(b"used")]);
+    drop(store);
+    Store::open(&folder.path().join("home")).unwrap();
+    drop(lease);
+}
+
+#[test]
+fn a_full_disk_lets_a_name_and_its_blobs_go() {
+    let folder = TempDir::new().unwrap();
+    let fs = FaultFs::new(Fault::DiskFull, u64::MAX);
+    let store = Store::open_with(&folder.path().join("home"), Arc::new(fs.clone())).unwrap();
+    put(&store, "a", &[b"one", b"two"]);
+    store.touch(&name("a")).unwrap();
+    for bytes in [b"one", b"two"] {
+        store.put_inspection(&sha256(bytes), &crate::index::inspection()).unwrap();
+    }
+    fs.fail_after(0);
+    assert!(store.touch(&name("b")).is_err(), "the index can be written");
+    assert!(store.remove(&name("a")).unwrap());
+    assert_eq!(RealFs.list(&store.home().join("blobs")).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn what_cannot_be_deleted_fails_no_put_and_goes_later() {
+    let folder = TempDir::new().unwrap();
+    let fs = FaultFs::new(Fault::Stuck, u64::MAX);
+    let store = Store::open_with(&folder.path().join("home"), Arc::new(fs.clone())).unwrap();
+    put(&store, "a", &[b"old"]);
+    let mut partial = store.partial("key", Some(3)).unwrap();
+    partial.write(b"new").unwrap();
+    fs.fail_after(0);
+    partial.commit(&sha256(b"new"), 3).unwrap();
+    put(&store, "a", &[b"new"]);
+    assert_eq!(store.find(&name("a")).unwrap().unwrap().manifest.layers[0].digest, sha256(b"new"));
+    assert_eq!(store.blob(&sha256(b"old")).unwrap(), Some(3));
+    fs.heal();
+    put(&store, "b", &[b"other"]);
+    assert_eq!(store.blob(&sha256(b"old")).unwrap(), None);
+}
+
+#[test]
+fn a_name_that_goes_while_it_is_read_is_left_out() {
+    let folder = TempDir::new().unwrap();
+    let fs = FaultFs::new(Fault::Vanish, u64::MAX);
+    let store = Store::open_with(&folder.path().join("home"), Arc::new(fs.clone())).unwrap();
+    put(&store, "a", &[b"one"]);
+    fs.fail_after(0);
+    assert_eq!(store.names().unwrap(), []);
+    assert_eq!(store.find(&name("a")).unwrap(), None);
+}
+
+#[test]
+fn partials_that_nobody_goes_on_with_are_swept_at_start() {
+    let (folder, store) = home();
+    let home = folder.path().join("home");
+    for key in ["young", "old"] {
+        let mut partial = store.partial(key, None).unwrap();
+        partial.write(b"some bytes").unwrap();
+        partial.sync().unwrap();
+    }
+    drop(store);
+    let file = std::fs::OpenOptions::new().read(true).open(home.join("partial/old")).unwrap();
+    let eight_days_ago = std::time::SystemTime::now() - std::time::Duration::from_hours(8 * 24);
+    file.set_modified(eight_days_ago).unwrap();
+    let store = Store::open(&home).unwrap();
+    let left = RealFs.list(&home.join("partial")).unwrap();
+    assert_eq!(left, ["young", "young.journal"]);
+    assert_eq!(store.partial("young", None).unwrap().offset(), 10);
 }
 
 #[test]
@@ -360,4 +441,30 @@ fn a_socket_is_removed_and_nothing_else() {
     assert!(fs::remove_socket(&file).is_err());
     assert_eq!(fs::read(&RealFs, &file, 2).unwrap(), b"ab");
     assert!(fs::read(&RealFs, &file, 1).is_err());
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "somebody else changes the store's files")]
+fn a_blob_is_hashed_again_only_when_its_file_changed() {
+    let home = TempDir::new().expect("a folder");
+    let store = Store::open(home.path()).expect("opens");
+    let digest = store.put_blob(b"as it should be").expect("puts");
+    let path = store.blob_path(&digest);
+    store.intact(&digest).expect("hashed, and noted");
+    let modified = std::fs::metadata(&path).and_then(|meta| meta.modified()).expect("a time");
+    let write = |bytes: &[u8], time| {
+        std::fs::remove_file(&path).expect("removes");
+        std::fs::write(&path, bytes).expect("writes");
+        let file = std::fs::File::options().write(true).open(&path).expect("opens");
+        file.set_modified(time).expect("sets");
+    };
+    // The same length and time: only a hash would tell, and none was made.
+    write(b"as it might be!", modified);
+    store.intact(&digest).expect("not hashed again");
+    write(b"as it might be!", modified + std::time::Duration::from_secs(1));
+    assert!(matches!(store.intact(&digest), Err(StoreError::Digest { .. })));
+    write(b"as it should be", modified + std::time::Duration::from_secs(2));
+    store.intact(&digest).expect("right again");
+    std::fs::remove_file(&path).expect("removes");
+    assert!(matches!(store.intact(&digest), Err(StoreError::Missing(_))));
 }

@@ -20,6 +20,10 @@ pub enum Fault {
     Abort,
     /// A write beyond so many bytes fails, and so do all after it until [`FaultFs::heal`].
     DiskFull,
+    /// What was looked at is gone when it is opened to read.
+    Vanish,
+    /// No file can be removed.
+    Stuck,
 }
 
 #[derive(Debug)]
@@ -56,7 +60,7 @@ impl FaultFs {
         let at = self.0.at.load(Ordering::SeqCst);
         match self.0.fault {
             Fault::Abort => before + n == at,
-            Fault::DiskFull => before + n > at,
+            Fault::DiskFull | Fault::Vanish | Fault::Stuck => before + n > at,
         }
     }
 
@@ -127,6 +131,9 @@ impl Fs for FaultFs {
     }
 
     fn open_read(&self, path: &Path) -> io::Result<Box<dyn File>> {
+        if self.0.fault == Fault::Vanish && self.is_time(1) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         RealFs.open_read(path)
     }
 
@@ -150,6 +157,9 @@ impl Fs for FaultFs {
 
     fn remove_file(&self, path: &Path) -> io::Result<bool> {
         self.change();
+        if self.0.fault == Fault::Stuck && self.is_time(1) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         RealFs.remove_file(path)
     }
 

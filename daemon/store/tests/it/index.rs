@@ -12,7 +12,7 @@ use v4_store::{
 
 use crate::story::name;
 
-fn inspection() -> Inspection {
+pub fn inspection() -> Inspection {
     let info = ModelInfo {
         format: "gguf".into(),
         arch: "llama".into(),

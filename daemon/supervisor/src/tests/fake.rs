@@ -2,6 +2,7 @@
 
 use std::{
     io::{Read, Write},
+    net::Shutdown,
     os::{fd::AsFd, unix::net::UnixStream},
     process::abort,
 };
@@ -167,6 +168,12 @@ impl Fake {
                 "pid" => self.delta(id, &std::process::id().to_string()),
                 "wait" => return self.waiting.push((id, None)),
                 "wait for echo" => return self.waiting.push((id, Some("finished"))),
+                "close and linger" => {
+                    self.end(id, Finish::Stop);
+                    self.socket.shutdown(Shutdown::Both).expect("an open socket");
+                    // The supervisor's kill ends this.
+                    return std::thread::park_timeout(PATIENCE);
+                }
                 "begin and wait" | "begin and hang" => {
                     self.delta(id, "b");
                     return self.waiting.push((id, None));

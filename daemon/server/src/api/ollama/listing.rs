@@ -104,7 +104,11 @@ pub fn ps(models: Vec<Loaded>, now: Timestamp) -> Vec<u8> {
             size: loaded.size_bytes,
             digest: loaded.digest.hex(),
             details: Facts::from(&loaded.info).into(),
-            expires_at: clock::expiry(loaded.expires, now),
+            expires_at: match loaded.state {
+                // It is on its way out whatever its keep-alive was.
+                State::Draining => clock::local(now.into()),
+                State::Loading | State::Ready => clock::expiry(loaded.expires, now),
+            },
             // This build computes on the CPU alone.
             size_vram: 0,
             context_length: loaded.context,
