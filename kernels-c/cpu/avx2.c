@@ -48,17 +48,15 @@ ALWAYS_INLINE __m128 of_rows(float v[QUAD][V4_MAX_BLOCK_LEN / V4_SUM_GROUP], int
     return _mm_setr_ps(v[0][i], v[1][i], v[2][i], v[3][i]);
 }
 
-/* One scale group's part of four rows' products, before the activations' scale. */
-ALWAYS_INLINE __m128 add_scaled(int first, __m128 before, __m128i dot, struct quad *b, int i,
-                                int32_t sum, int mins)
+/* Adds a scale group's part of four rows' products, rounded as v4.h says. */
+ALWAYS_INLINE __m128 add_scaled(__m128 acc, __m128i dot, struct quad *b, int i, int32_t sum, float d,
+                                int mins)
 {
-    const __m128 part = _mm_mul_ps(_mm_cvtepi32_ps(dot), of_rows(b->scale, i));
-    __m128 product = first ? part : _mm_add_ps(before, part);
+    __m128 v = _mm_mul_ps(_mm_cvtepi32_ps(dot), of_rows(b->scale, i));
     if (mins) {
-        const __m128 less = _mm_mul_ps(of_rows(b->min, i), _mm_set1_ps((float)sum));
-        product = _mm_sub_ps(product, less);
+        v = _mm_fnmadd_ps(of_rows(b->min, i), _mm_set1_ps((float)sum), v);
     }
-    return product;
+    return _mm_fmadd_ps(v, _mm_set1_ps(d), acc);
 }
 
 /* Group `k` of the blocks, group g of the rows, with n tokens. */
@@ -81,14 +79,14 @@ ALWAYS_INLINE void gemv_group(struct quad *b, int k, const struct v4_act *x, siz
         const __m128i lo = _mm256_castsi256_si128(halves);
         const __m128i hi = _mm256_extracti128_si256(halves, 1);
         const int32_t sum_lo = x->sum[2 * at], sum_hi = x->sum[2 * at + 1];
-        __m128 product = _mm_setzero_ps();
+        const float d = x->d[at];
         if (f.pairs) {
-            product = add_scaled(1, product, lo, b, 2 * k, sum_lo, f.mins);
-            product = add_scaled(0, product, hi, b, 2 * k + 1, sum_hi, f.mins);
+            acc[t] = add_scaled(acc[t], lo, b, 2 * k, sum_lo, d, f.mins);
+            acc[t] = add_scaled(acc[t], hi, b, 2 * k + 1, sum_hi, d, f.mins);
         } else {
-            product = add_scaled(1, product, _mm_add_epi32(lo, hi), b, k, sum_lo + sum_hi, f.mins);
+            const __m128i both = _mm_add_epi32(lo, hi);
+            acc[t] = add_scaled(acc[t], both, b, k, sum_lo + sum_hi, d, f.mins);
         }
-        acc[t] = _mm_add_ps(acc[t], _mm_mul_ps(product, _mm_set1_ps(x->d[at])));
     }
 }
 
@@ -190,7 +188,6 @@ ALWAYS_INLINE void octet_group(const uint8_t *group, size_t octet, const struct 
     const float *min = scale + (1 + pairs) * V4_PANEL_ROWS;
     const size_t n_groups = x->cols / V4_ACT_GROUP;
     const int step = 8 / (1 + pairs);
-    __m256 product[QUAD];
     UNROLL
     for (int p = 0; p <= pairs; p++) {
         __m256i dot[QUAD];
@@ -210,22 +207,16 @@ ALWAYS_INLINE void octet_group(const uint8_t *group, size_t octet, const struct 
         }
         UNROLL
         for (int t = 0; t < n; t++) {
-            const int16_t *sum = x->sum + 2 * ((first + (size_t)t) * n_groups + g);
-            const int32_t total = pairs ? sum[p] : sum[0] + sum[1];
-            const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(dot[t]),
-                                              _mm256_loadu_ps(scale + p * V4_PANEL_ROWS));
-            product[t] = p == 0 ? part : _mm256_add_ps(product[t], part);
+            const size_t at = (first + (size_t)t) * n_groups + g;
+            const int16_t *sum = x->sum + 2 * at;
+            __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(dot[t]),
+                                     _mm256_loadu_ps(scale + p * V4_PANEL_ROWS));
             if (mins) {
-                const __m256 less = _mm256_mul_ps(_mm256_loadu_ps(min + p * V4_PANEL_ROWS),
-                                                  _mm256_set1_ps((float)total));
-                product[t] = _mm256_sub_ps(product[t], less);
+                const __m256 total = _mm256_set1_ps((float)(pairs ? sum[p] : sum[0] + sum[1]));
+                v = _mm256_fnmadd_ps(_mm256_loadu_ps(min + p * V4_PANEL_ROWS), total, v);
             }
+            acc[t] = _mm256_fmadd_ps(v, _mm256_set1_ps(x->d[at]), acc[t]);
         }
-    }
-    UNROLL
-    for (int t = 0; t < n; t++) {
-        const __m256 d = _mm256_set1_ps(x->d[(first + (size_t)t) * n_groups + g]);
-        acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(product[t], d));
     }
 }
 

@@ -9,12 +9,7 @@
 #include "../include/v4.h"
 #include "avx512_formats.h"
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-/* For loops over registers. */
-#define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
-
-enum { LANES = 16, QUAD = 4, GEMV_ROWS = 16, CHUNK = 128, CHUNK_GROUPS = CHUNK / V4_ACT_GROUP };
 
 /* The first `n` of sixteen elements. */
 ALWAYS_INLINE __mmask16 first_lanes(size_t n)
@@ -22,249 +17,193 @@ ALWAYS_INLINE __mmask16 first_lanes(size_t n)
     return (__mmask16)(n < LANES ? (1u << n) - 1 : 0xffff);
 }
 
+/* 1.5 x 2^23: beside it, in single precision, neighbours differ by 1. So an integer below 2^22 in
+ * magnitude, added to its bits, makes the float MAGIC plus that integer. Sums of products start
+ * there and need no conversion: fma(MAGIC + dot, scale, -MAGIC x scale) is dot x scale, rounded
+ * once. */
+#define MAGIC 12582912.0f
+/* From this scale on the product with MAGIC may be infinite. Only MXFP4 has such scales. */
+#define WIDE_SCALE 0x1p104f
+
+ALWAYS_INLINE __m512i magic_bits(void)
+{
+    return _mm512_castps_si512(_mm512_set1_ps(MAGIC));
+}
+
+/* What takes MAGIC times a scale off again. */
+ALWAYS_INLINE __m512 magic_back(__m512 scale)
+{
+    return _mm512_mul_ps(_mm512_set1_ps(-MAGIC), scale);
+}
+
+/* Which scales are beyond WIDE_SCALE, in formats that may have such. */
+ALWAYS_INLINE __mmask16 find_wide(__m512 scale, int wide)
+{
+    return wide ? _mm512_cmp_ps_mask(scale, _mm512_set1_ps(WIDE_SCALE), _CMP_GE_OQ) : 0;
+}
+
+/* dot x scale of a sum of products that started at MAGIC. */
+ALWAYS_INLINE __m512 scaled(__m512i dot, __m512 scale, __m512 back, __mmask16 wide)
+{
+    const __m512 real = _mm512_castsi512_ps(dot);
+    const __m512 v = _mm512_fmadd_ps(real, scale, back);
+    if (__builtin_expect(wide, 0)) {
+        return _mm512_mask_mul_ps(v, wide, _mm512_sub_ps(real, _mm512_set1_ps(MAGIC)), scale);
+    }
+    return v;
+}
+
+/* ---- blocks, sixteen rows at a time ---------------------------------------------------------- */
+
+/* Sixteen rows of a matrix, of which the last ones may not exist. */
+struct rows {
+    const uint8_t *start;
+    size_t stride; /* bytes from a row to the next */
+    size_t n;      /* how many there are */
+};
+
+/* The bytes of a chunk: at most eight blocks of Q8_0. */
+enum { CHUNK_BYTES = 8 * 34 };
+
+/* What is needed to walk through the chunks of sixteen rows. */
+struct walk {
+    struct scattered scattered[2];
+    struct room room;
+    uint8_t padded[LANES][CHUNK_BYTES];
+};
+
+/* A chunk: where its first row is, how far apart rows are, its groups. */
+struct chunk {
+    const uint8_t *at;
+    size_t stride;
+    int groups;
+    const struct scattered *scattered;
+};
+
+ALWAYS_INLINE int chunk_groups(size_t groups, size_t first)
+{
+    return groups - first < CHUNK_GROUPS ? (int)(groups - first) : CHUNK_GROUPS;
+}
+
+/* Rows that do not exist are read as the last one. */
+static __attribute__((noinline)) void pad_rows(const struct rows *rows, size_t at, size_t bytes,
+                                               uint8_t padded[LANES][CHUNK_BYTES])
+{
+    for (size_t r = 0; r < LANES; r++) {
+        const size_t from = r < rows->n ? r : rows->n - 1;
+        memcpy(padded[r], rows->start + from * rows->stride + at, bytes);
+    }
+}
+
+/* Opens the chunk of the groups from `first`, of all `groups`. What lies scattered is fetched a
+ * chunk ahead, since a vector that is loaded right after its elements were stored waits. */
+ALWAYS_INLINE struct chunk open_chunk(const struct rows *rows, size_t groups, size_t first,
+                                      struct format f, struct walk *walk)
+{
+    const size_t block_groups = (size_t)f.block_groups, block_bytes = (size_t)f.block_bytes;
+    const size_t at = first / block_groups * block_bytes;
+    const size_t bytes = CHUNK_GROUPS / block_groups * block_bytes;
+    const size_t index = first / CHUNK_GROUPS % 2;
+    struct scattered *const now = &walk->scattered[index], *const later = &walk->scattered[1 - index];
+    const size_t n = (size_t)chunk_groups(groups, first);
+    struct chunk c = {rows->start + at, rows->stride, (int)n, now};
+    if (rows->n < LANES) {
+        pad_rows(rows, at, n / block_groups * block_bytes, walk->padded);
+        c.at = walk->padded[0];
+        c.stride = CHUNK_BYTES;
+        f.scatter(c.at, c.stride, c.groups, now);
+    } else {
+        if (first == 0) {
+            f.scatter(c.at, c.stride, c.groups, now);
+        }
+        if (groups - first > CHUNK_GROUPS) {
+            const int groups_later = chunk_groups(groups, first + CHUNK_GROUPS);
+            f.scatter(c.at + bytes, c.stride, groups_later, later);
+        }
+    }
+    f.scales(c.at, c.stride, c.groups, now, &walk->room);
+    return c;
+}
+
 /* ---- products straight from blocks ----------------------------------------------------------- */
 
-/* 128 activations of a token as they meet a chunk: bytes as in it, the rest a group a lane, the
- * same in all four elements. */
-struct act_chunk {
-    __m512i lo, hi;
-    __m512 d;
-    /* For lo and hi: minus offset x sum as an integer, or the sum as a float for formats with
-     * minima. */
-    __m512i correction[2];
+/* Where the sums of a token's products with a chunk start, MAGIC's bits minus offset x (the sum
+ * of the activations), and those sums as floats: [group][pair], without gaps. */
+struct sums {
+    _Alignas(64) int32_t start[2 * CHUNK_GROUPS];
+    _Alignas(64) float real[2 * CHUNK_GROUPS];
 };
 
-/* Element g of v in all elements of lane g. */
-ALWAYS_INLINE __m512i across_lanes(__m128i v)
+ALWAYS_INLINE void find_sums(const int16_t *sum, int groups, struct format f, struct sums *to)
 {
-    const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_epi32(index, _mm512_castsi128_si512(v));
-}
-
-/* Four groups from group g of token t. The first `done` of them were used before: their scale is
- * 0. */
-ALWAYS_INLINE void load_act(const struct v4_act *x, size_t t, size_t g, int done, struct format f,
-                            struct act_chunk *a)
-{
-    const int8_t *q = x->q + t * x->cols + g * V4_ACT_GROUP;
-    const float *d = x->d + t * (x->cols / V4_ACT_GROUP) + g;
-    const int16_t *sum = x->sum + t * (x->cols / V4_SUM_GROUP) + 2 * g;
-    const __m512i q0 = _mm512_loadu_si512(q), q1 = _mm512_loadu_si512(q + 64);
-    a->lo = even_lanes(q0, q1);
-    a->hi = odd_lanes(q0, q1);
-    const __m128i d4 = _mm_maskz_loadu_epi32((__mmask8)(0xf << done), d);
-    a->d = _mm512_castsi512_ps(across_lanes(d4));
-    const __m128i sums = _mm_loadu_si128((const __m128i *)(const void *)sum);
-    if (f.pairs) {
-        const __m128i even = _mm_srai_epi32(_mm_slli_epi32(sums, 16), 16);
-        const __m128i odd = _mm_srai_epi32(sums, 16);
-        a->correction[0] = across_lanes(even);
-        a->correction[1] = across_lanes(odd);
-        if (!f.mins) {
-            const __m512i offset = _mm512_set1_epi32(-f.offset);
-            a->correction[0] = _mm512_mullo_epi32(a->correction[0], offset);
-            a->correction[1] = _mm512_mullo_epi32(a->correction[1], offset);
-        }
-    } else {
-        const __m128i factor = _mm_set1_epi16((short)(f.mins ? 1 : -f.offset));
-        a->correction[0] = across_lanes(_mm_madd_epi16(sums, factor));
-        a->correction[1] = _mm512_setzero_si512();
+    const __mmask16 mask = first_lanes(2 * (size_t)groups);
+    const __m256i sixteen = _mm256_maskz_loadu_epi16(mask, sum);
+    __m512i v = _mm512_cvtepi16_epi32(sixteen);
+    if (!f.pairs) {
+        v = _mm512_castsi256_si512(_mm256_madd_epi16(sixteen, _mm256_set1_epi16(1)));
     }
     if (f.mins) {
-        a->correction[0] = _mm512_castps_si512(_mm512_cvtepi32_ps(a->correction[0]));
-        a->correction[1] = _mm512_castps_si512(_mm512_cvtepi32_ps(a->correction[1]));
+        _mm512_store_ps(to->real, _mm512_cvtepi32_ps(v));
+    } else {
+        const __m512i less = _mm512_mullo_epi32(v, _mm512_set1_epi32(f.offset));
+        _mm512_store_si512(to->start, _mm512_sub_epi32(magic_bits(), less));
     }
 }
 
-/* Sums the four elements of each lane of four vectors: element r of lane g is the sum of v[r]'s. */
-ALWAYS_INLINE __m512i sum_in_lanes(const __m512i v[QUAD])
-{
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
-                                       _mm512_unpackhi_epi32(v[0], v[1]));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
-                                       _mm512_unpackhi_epi32(v[2], v[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-}
-
-/* Element g of v[r] as element r of lane g. */
-ALWAYS_INLINE __m512 gather_scales(__m128 v0, __m128 v1, __m128 v2, __m128 v3)
-{
-    __m512 rows = _mm512_castps128_ps512(v0);
-    rows = _mm512_insertf32x4(rows, v1, 1);
-    rows = _mm512_insertf32x4(rows, v2, 2);
-    rows = _mm512_insertf32x4(rows, v3, 3);
-    const __m512i transpose =
-        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_ps(transpose, rows);
-}
-
-/* Four rows' chunks, with scales and minima as the products want them. */
-struct quad {
-    __m512i lo[QUAD], hi[QUAD];
-    __m512 scale[2], min[2];
+/* The tokens of a tile: activations and scales of each. */
+struct token {
+    const int8_t *q;
+    const float *d;
+    const int16_t *sum;
 };
 
-ALWAYS_INLINE void load_quad(const uint8_t *const rows[QUAD], size_t at, int half, struct format f,
-                             struct quad *q)
+/* Adds the products of a scale group, pair p of group k of the unit, with n tokens. */
+ALWAYS_INLINE void multiply_codes(const __m512i raw[RAW_VECTORS], int k, int p,
+                                  const struct token *tokens, size_t group, int n, struct format f,
+                                  __m512i *dot)
 {
-    struct chunk c[QUAD];
     UNROLL
-    for (int r = 0; r < QUAD; r++) {
-        f.load(rows[r] + at, half, &c[r]);
-        q->lo[r] = c[r].lo;
-        q->hi[r] = c[r].hi;
-    }
-    UNROLL
-    for (int p = 0; p <= f.pairs; p++) {
-        q->scale[p] = gather_scales(c[0].scale[p], c[1].scale[p], c[2].scale[p], c[3].scale[p]);
-        if (f.mins) {
-            q->min[p] = gather_scales(c[0].min[p], c[1].min[p], c[2].min[p], c[3].min[p]);
+    for (int i = 0; i < CODE_VECTORS; i++) {
+        const int j = i + 4 * p;
+        if (f.pairs && i == CODE_VECTORS / 2) {
+            break;
         }
-    }
-}
-
-/* One scale group's part of a product, before the activations' scale. */
-ALWAYS_INLINE __m512 scaled(__m512i dot, __m512 scale, __m512 min, __m512i correction, int mins)
-{
-    if (mins) {
-        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale);
-        return _mm512_sub_ps(product, _mm512_mul_ps(min, _mm512_castsi512_ps(correction)));
-    }
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dot, correction)), scale);
-}
-
-/* The products of four rows' chunks with a token's: element r of lane g is row r, group g. */
-ALWAYS_INLINE __m512 multiply_quad(const struct quad *q, const struct act_chunk *a, struct format f)
-{
-    const __m512i zero = _mm512_setzero_si512();
-    __m512i dot[QUAD];
-    __m512 product;
-    if (f.pairs) {
-        UNROLL
-        for (int r = 0; r < QUAD; r++) {
-            dot[r] = _mm512_dpbusd_epi32(zero, q->lo[r], a->lo);
-        }
-        product = scaled(sum_in_lanes(dot), q->scale[0], q->min[0], a->correction[0], f.mins);
-        UNROLL
-        for (int r = 0; r < QUAD; r++) {
-            dot[r] = _mm512_dpbusd_epi32(zero, q->hi[r], a->hi);
-        }
-        const __m512i sums = sum_in_lanes(dot);
-        product = _mm512_add_ps(product, _mm512_mul_ps(_mm512_cvtepi32_ps(
-            f.mins ? sums : _mm512_add_epi32(sums, a->correction[1])), q->scale[1]));
-        if (f.mins) {
-            const __m512 sum = _mm512_castsi512_ps(a->correction[1]);
-            product = _mm512_sub_ps(product, _mm512_mul_ps(q->min[1], sum));
-        }
-    } else {
-        UNROLL
-        for (int r = 0; r < QUAD; r++) {
-            dot[r] = _mm512_dpbusd_epi32(zero, q->lo[r], a->lo);
-            dot[r] = _mm512_dpbusd_epi32(dot[r], q->hi[r], a->hi);
-        }
-        product = scaled(sum_in_lanes(dot), q->scale[0], q->min[0], a->correction[0], f.mins);
-    }
-    return _mm512_mul_ps(product, a->d);
-}
-
-/* Adds sixteen rows' products to acc, group after group. part[i] has rows 4 i .. 4 i + 3. */
-ALWAYS_INLINE __m512 add_groups(__m512 acc, const __m512 part[QUAD])
-{
-    const __m512 a = _mm512_shuffle_f32x4(part[0], part[1], 0x44);
-    const __m512 b = _mm512_shuffle_f32x4(part[0], part[1], 0xee);
-    const __m512 c = _mm512_shuffle_f32x4(part[2], part[3], 0x44);
-    const __m512 d = _mm512_shuffle_f32x4(part[2], part[3], 0xee);
-    acc = _mm512_add_ps(acc, _mm512_shuffle_f32x4(a, c, 0x88));
-    acc = _mm512_add_ps(acc, _mm512_shuffle_f32x4(a, c, 0xdd));
-    acc = _mm512_add_ps(acc, _mm512_shuffle_f32x4(b, d, 0x88));
-    return _mm512_add_ps(acc, _mm512_shuffle_f32x4(b, d, 0xdd));
-}
-
-/* One chunk of sixteen rows with n tokens from `first`. */
-ALWAYS_INLINE void gemv_chunk(const uint8_t *const rows[GEMV_ROWS], size_t at, int half,
-                              const struct v4_act *x, size_t first, int n, size_t g, int done,
-                              struct format f, __m512 *acc)
-{
-    struct act_chunk a[V4_GEMV_TOKENS];
-    __m512 part[V4_GEMV_TOKENS][QUAD];
-    UNROLL
-    for (int t = 0; t < n; t++) {
-        load_act(x, first + (size_t)t, g, done, f, &a[t]);
-    }
-    ROLLED
-    for (int i = 0; i < QUAD; i++) {
-        struct quad q;
-        load_quad(rows + QUAD * i, at, half, f, &q);
+        const __m512i codes = f.code(raw, k, j);
         UNROLL
         for (int t = 0; t < n; t++) {
-            part[t][i] = multiply_quad(&q, &a[t], f);
+            int32_t four;
+            memcpy(&four, tokens[t].q + V4_ACT_GROUP * group + 4 * (size_t)j, sizeof four);
+            dot[t] = _mm512_dpbusd_epi32(dot[t], codes, _mm512_set1_epi32(four));
         }
     }
+}
+
+/* Group g of a chunk, which is group k of a unit, with n tokens. */
+ALWAYS_INLINE void multiply_group(const __m512i raw[RAW_VECTORS], const struct scales *scales,
+                                  const struct token *tokens, const struct sums *sums, size_t first,
+                                  int g, int k, int n, struct format f, __m512 *acc)
+{
+    const size_t group = first + (size_t)g;
     UNROLL
-    for (int t = 0; t < n; t++) {
-        acc[t] = add_groups(acc[t], part[t]);
-    }
-}
-
-/* Where the chunks of a row are. Groups that are no whole chunk at its end are read with those
- * before them, which are then done twice. */
-struct place {
-    size_t g, at; /* group, byte */
-    int half, done;
-};
-
-ALWAYS_INLINE struct place next_place(struct place p, size_t n_groups, size_t row_bytes,
-                                      struct format f)
-{
-    p.g += CHUNK_GROUPS;
-    p.half = f.halves == 2 ? 1 - p.half : 0;
-    p.at += p.half ? 0 : (size_t)f.unit;
-    if (f.halves == 1 && p.g < n_groups && n_groups - p.g < CHUNK_GROUPS) {
-        p.done = (int)(CHUNK_GROUPS - (n_groups - p.g));
-        p.g = n_groups - CHUNK_GROUPS;
-        p.at = row_bytes - (size_t)f.unit;
-    }
-    return p;
-}
-
-/* Rows of less than a chunk, made one with zeros. */
-enum { UNIT_BYTES = CHUNK_GROUPS * 36 };
-
-struct narrow {
-    uint8_t rows[GEMV_ROWS][UNIT_BYTES];
-    int8_t q[V4_GEMV_TOKENS][CHUNK];
-    float d[V4_GEMV_TOKENS][CHUNK / V4_ACT_GROUP];
-    int16_t sum[V4_GEMV_TOKENS][CHUNK / V4_SUM_GROUP];
-    struct v4_act act;
-};
-
-static void widen_act(const struct v4_act *x, struct narrow *to)
-{
-    memset(to, 0, sizeof *to);
-    const size_t cols = x->cols, n_d = cols / V4_ACT_GROUP, n_sum = cols / V4_SUM_GROUP;
-    for (size_t t = 0; t < x->n_tokens; t++) {
-        memcpy(to->q[t], x->q + t * cols, cols);
-        memcpy(to->d[t], x->d + t * n_d, n_d * sizeof *x->d);
-        memcpy(to->sum[t], x->sum + t * n_sum, n_sum * sizeof *x->sum);
-    }
-    to->act = (struct v4_act){x->x, to->q[0], to->d[0], to->sum[0], x->n_tokens, CHUNK};
-}
-
-static void widen_rows(const uint8_t *rows[GEMV_ROWS], size_t row_bytes, struct narrow *to)
-{
-    for (size_t r = 0; r < GEMV_ROWS; r++) {
-        memset(to->rows[r], 0, sizeof to->rows[r]);
-        memcpy(to->rows[r], rows[r], row_bytes);
-        rows[r] = to->rows[r];
-    }
-}
-
-/* Sixteen rows from w; beyond the last the last again. */
-ALWAYS_INLINE void find_rows(const uint8_t *w, size_t row_bytes, size_t left,
-                             const uint8_t *rows[GEMV_ROWS])
-{
-    for (size_t i = 0; i < GEMV_ROWS; i++) {
-        rows[i] = w + (i < left ? i : left - 1) * row_bytes;
+    for (int p = 0; p <= f.pairs; p++) {
+        const int at = g * (1 + f.pairs) + p;
+        __m512i dot[V4_GEMV_TOKENS];
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            dot[t] = f.mins ? magic_bits() : _mm512_set1_epi32(sums[t].start[at]);
+        }
+        multiply_codes(raw, k, p, tokens, group, n, f, dot);
+        const __m512 scale = _mm512_load_ps(scales->scale[g][p]), back = magic_back(scale);
+        const __mmask16 wide = find_wide(scale, f.wide);
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            __m512 v = scaled(dot[t], scale, back, wide);
+            if (f.mins) {
+                const __m512 sum = _mm512_set1_ps(sums[t].real[at]);
+                v = _mm512_fnmadd_ps(_mm512_load_ps(scales->min[g][p]), sum, v);
+            }
+            acc[t] = _mm512_fmadd_ps(v, _mm512_set1_ps(tokens[t].d[group]), acc[t]);
+        }
     }
 }
 
@@ -278,26 +217,49 @@ ALWAYS_INLINE const uint8_t *fetch(const uint8_t *from, size_t bytes)
     return from + bytes;
 }
 
-/* Sixteen rows with n tokens; meanwhile fetches as many bytes from `next`, if it is not NULL. */
-ALWAYS_INLINE void gemv_tile(const uint8_t *const *rows, size_t row_bytes, const uint8_t *next,
-                             const struct v4_act *x, size_t first, int n, struct format f,
-                             __mmask16 mask, float *out, size_t out_stride)
+/* Sixteen rows with the tokens of x, as if they were n; meanwhile fetches as many bytes from `next`,
+ * if it is not NULL. */
+ALWAYS_INLINE void gemv_tile(const struct rows *rows, const uint8_t *next, const struct v4_act *x,
+                             int n, struct format f, float *out, size_t out_stride)
 {
+    const size_t groups = x->cols / V4_ACT_GROUP;
+    struct walk walk;
+    struct token tokens[V4_GEMV_TOKENS];
     __m512 acc[V4_GEMV_TOKENS];
     UNROLL
     for (int t = 0; t < n; t++) {
+        const size_t token = (size_t)t < x->n_tokens ? (size_t)t : x->n_tokens - 1;
+        tokens[t] = (struct token){x->q + token * x->cols, x->d + token * groups,
+                                   x->sum + token * (x->cols / V4_SUM_GROUP)};
         acc[t] = _mm512_setzero_ps();
     }
-    const size_t n_groups = x->cols / V4_ACT_GROUP;
-    for (struct place p = {0}; p.g < n_groups; p = next_place(p, n_groups, row_bytes, f)) {
+    ROLLED
+    for (size_t first = 0; first < groups; first += CHUNK_GROUPS) {
+        struct sums sums[V4_GEMV_TOKENS];
+        const struct chunk c = open_chunk(rows, groups, first, f, &walk);
         if (next) {
-            next = fetch(next, (size_t)(GEMV_ROWS * f.unit / f.halves));
+            next = fetch(next, LANES * (size_t)(c.groups / f.block_groups * f.block_bytes));
         }
-        gemv_chunk(rows, p.at, p.half, x, first, n, p.g, p.done, f, acc);
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            find_sums(tokens[t].sum + 2 * first, c.groups, f, &sums[t]);
+        }
+        ROLLED
+        for (int unit = 0; unit < c.groups / f.unit; unit++) {
+            __m512i raw[RAW_VECTORS];
+            f.raw(c.at, c.stride, unit, c.scattered, &walk.room, raw);
+            UNROLL
+            for (int k = 0; k < f.unit; k++) {
+                multiply_group(raw, &walk.room.scales, tokens, sums, first, f.unit * unit + k, k, n,
+                               f, acc);
+            }
+        }
     }
     UNROLL
     for (int t = 0; t < n; t++) {
-        _mm512_mask_storeu_ps(out + (first + (size_t)t) * out_stride, mask, acc[t]);
+        if ((size_t)t < x->n_tokens) {
+            _mm512_mask_storeu_ps(out + (size_t)t * out_stride, first_lanes(rows->n), acc[t]);
+        }
     }
 }
 
@@ -305,36 +267,22 @@ ALWAYS_INLINE void gemv_blocks(const void *w, size_t row_bytes, size_t n_rows,
                                const struct v4_act *x, float *out, size_t out_stride,
                                struct format f)
 {
-    struct narrow narrow;
-    if (x->cols < CHUNK) {
-        widen_act(x, &narrow);
-    }
-    const struct v4_act *const act = x->cols < CHUNK ? &narrow.act : x;
-    for (size_t r = 0; r < n_rows; r += GEMV_ROWS) {
+    for (size_t r = 0; r < n_rows; r += LANES) {
         const size_t left = n_rows - r;
-        const uint8_t *rows[GEMV_ROWS];
         const uint8_t *from = (const uint8_t *)w + r * row_bytes;
+        const struct rows rows = {from, row_bytes, left < LANES ? left : LANES};
         if (r == 0) {
-            fetch(from, (left < GEMV_ROWS ? left : GEMV_ROWS) * row_bytes);
+            fetch(from, rows.n * row_bytes);
         }
-        /* Rows beyond the last are read as the last and not written. */
-        find_rows(from, row_bytes, left, rows);
-        size_t bytes = row_bytes;
-        if (x->cols < CHUNK) {
-            widen_rows(rows, row_bytes, &narrow);
-            bytes = (size_t)f.unit;
-        }
-        const uint8_t *next = left > GEMV_ROWS ? from + GEMV_ROWS * row_bytes : NULL;
-        const __mmask16 mask = first_lanes(left);
-        size_t t = 0;
-        for (; t + 4 <= x->n_tokens; t += 4, next = NULL) {
-            gemv_tile(rows, bytes, next, act, t, 4, f, mask, out + r, out_stride);
-        }
-        for (; t + 2 <= x->n_tokens; t += 2, next = NULL) {
-            gemv_tile(rows, bytes, next, act, t, 2, f, mask, out + r, out_stride);
-        }
-        if (t < x->n_tokens) {
-            gemv_tile(rows, bytes, next, act, t, 1, f, mask, out + r, out_stride);
+        const uint8_t *next = left >= 2 * LANES ? from + LANES * row_bytes : NULL;
+        if (x->n_tokens > 4) {
+            gemv_tile(&rows, next, x, 8, f, out + r, out_stride);
+        } else if (x->n_tokens > 2) {
+            gemv_tile(&rows, next, x, 4, f, out + r, out_stride);
+        } else if (x->n_tokens == 2) {
+            gemv_tile(&rows, next, x, 2, f, out + r, out_stride);
+        } else {
+            gemv_tile(&rows, next, x, 1, f, out + r, out_stride);
         }
     }
 }
@@ -342,89 +290,47 @@ ALWAYS_INLINE void gemv_blocks(const void *w, size_t row_bytes, size_t n_rows,
 /* ---- panels ---------------------------------------------------------------------------------- */
 
 /* A panel is 32 rows, a group of 32 weights after another: eight times (for four weights each) 16
- * rows and 16 rows of four bytes, then scales, then minima, each [pair][32 rows]. Four bytes are
- * what vpdpbusd adds up; a row is an element of the vector. */
+ * rows and 16 rows of four bytes, then scales, what takes MAGIC off again, and minima, each
+ * [pair][32 rows]. Four bytes are what vpdpbusd adds up; a row is an element of the vector. */
 enum { PANEL_HALVES = V4_PANEL_ROWS / LANES };
 
 struct panel_group {
     uint8_t *codes; /* [8][PANEL_HALVES][64] */
     float *scale;   /* [pairs + 1][V4_PANEL_ROWS] */
+    float *back;    /* the same: -MAGIC x scale */
     float *min;     /* the same */
 };
 
 ALWAYS_INLINE size_t panel_group_bytes(int pairs, int mins)
 {
     return V4_PANEL_ROWS *
-           (V4_ACT_GROUP + sizeof(float) * (size_t)((1 + pairs) * (1 + mins)));
+           (V4_ACT_GROUP + sizeof(float) * (size_t)((1 + pairs) * (2 + mins)));
 }
 
 ALWAYS_INLINE struct panel_group panel_group(const void *panel, size_t g, int pairs, int mins)
 {
     uint8_t *codes = (uint8_t *)(uintptr_t)panel + g * panel_group_bytes(pairs, mins);
     float *scale = (float *)(void *)(codes + V4_PANEL_ROWS * V4_ACT_GROUP);
-    return (struct panel_group){codes, scale, scale + (1 + pairs) * V4_PANEL_ROWS};
+    float *back = scale + (1 + pairs) * V4_PANEL_ROWS;
+    return (struct panel_group){codes, scale, back, back + (1 + pairs) * V4_PANEL_ROWS};
 }
 
-/* v[i]'s element j as v[j]'s element i, elements being 32 bits. */
-ALWAYS_INLINE void transpose16(__m512i v[LANES])
+/* Group k of a unit to half `h` of a panel's group. */
+ALWAYS_INLINE void pack_group(const __m512i raw[RAW_VECTORS], const struct scales *scales, int g,
+                              int k, size_t h, struct format f, struct panel_group to)
 {
-    __m512i a[LANES];
     UNROLL
-    for (int i = 0; i < LANES; i += 4) {
-        const __m512i x0 = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        const __m512i x1 = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        const __m512i x2 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
-        const __m512i x3 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-        a[i] = _mm512_unpacklo_epi64(x0, x2);
-        a[i + 1] = _mm512_unpackhi_epi64(x0, x2);
-        a[i + 2] = _mm512_unpacklo_epi64(x1, x3);
-        a[i + 3] = _mm512_unpackhi_epi64(x1, x3);
+    for (int j = 0; j < CODE_VECTORS; j++) {
+        _mm512_store_si512(to.codes + 64 * ((size_t)j * PANEL_HALVES + h), f.code(raw, k, j));
     }
     UNROLL
-    for (int j = 0; j < 4; j++) {
-        const __m512i x0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
-        const __m512i x1 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
-        const __m512i x2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-        const __m512i x3 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-        v[j] = _mm512_shuffle_i32x4(x0, x2, 0x88);
-        v[4 + j] = _mm512_shuffle_i32x4(x0, x2, 0xdd);
-        v[8 + j] = _mm512_shuffle_i32x4(x1, x3, 0x88);
-        v[12 + j] = _mm512_shuffle_i32x4(x1, x3, 0xdd);
-    }
-}
-
-/* Writes a chunk of sixteen rows to half `h` of a panel's groups from g. */
-static __attribute__((noinline)) void pack_chunk(struct chunk c[LANES], void *panel, size_t g,
-                                                 int groups, int h, int pairs, int mins)
-{
-    __m512i lo[LANES], hi[LANES];
-    UNROLL
-    for (int r = 0; r < LANES; r++) {
-        lo[r] = c[r].lo;
-        hi[r] = c[r].hi;
-    }
-    transpose16(lo);
-    transpose16(hi);
-    UNROLL
-    for (int i = 0; i < CHUNK_GROUPS; i++) {
-        if (i == groups) {
-            break;
-        }
-        const struct panel_group to = panel_group(panel, g + (size_t)i, pairs, mins);
-        UNROLL
-        for (int j = 0; j < 4; j++) {
-            _mm512_store_si512(to.codes + 64 * (j * PANEL_HALVES + h), lo[4 * i + j]);
-            _mm512_store_si512(to.codes + 64 * ((4 + j) * PANEL_HALVES + h), hi[4 * i + j]);
-        }
-        for (int p = 0; p <= pairs; p++) {
-            float *scale = to.scale + p * V4_PANEL_ROWS + h * LANES;
-            float *min = to.min + p * V4_PANEL_ROWS + h * LANES;
-            for (int r = 0; r < LANES; r++) {
-                scale[r] = ((const float *)(const void *)&c[r].scale[p])[i];
-                if (mins) {
-                    min[r] = ((const float *)(const void *)&c[r].min[p])[i];
-                }
-            }
+    for (int p = 0; p <= f.pairs; p++) {
+        const size_t at = (size_t)p * V4_PANEL_ROWS + h * LANES;
+        const __m512 scale = _mm512_load_ps(scales->scale[g][p]);
+        _mm512_store_ps(to.scale + at, scale);
+        _mm512_store_ps(to.back + at, magic_back(scale));
+        if (f.mins) {
+            _mm512_store_ps(to.min + at, _mm512_load_ps(scales->min[g][p]));
         }
     }
 }
@@ -432,49 +338,51 @@ static __attribute__((noinline)) void pack_chunk(struct chunk c[LANES], void *pa
 ALWAYS_INLINE void panel_blocks(const void *w, size_t row_bytes, size_t n_rows, size_t cols,
                                 void *panel, struct format f)
 {
-    const size_t n_groups = cols / V4_ACT_GROUP;
-    const int groups = n_groups < CHUNK_GROUPS ? (int)n_groups : CHUNK_GROUPS;
+    const size_t groups = cols / V4_ACT_GROUP;
+    struct walk walk;
     ROLLED
     for (size_t h = 0; h < PANEL_HALVES; h++) {
-        struct narrow narrow;
-        const uint8_t *rows[LANES];
         /* A half without rows repeats the last one; gemm_i8 does not write what it gives. */
-        const size_t first = h * LANES < n_rows ? h * LANES : n_rows - 1;
-        find_rows((const uint8_t *)w + first * row_bytes, row_bytes, n_rows - first, rows);
-        size_t bytes = row_bytes;
-        if (cols < CHUNK) {
-            widen_rows(rows, row_bytes, &narrow);
-            bytes = (size_t)f.unit;
-        }
-        for (struct place p = {0}; p.g < n_groups; p = next_place(p, n_groups, bytes, f)) {
-            struct chunk c[LANES];
+        const size_t first_row = h * LANES < n_rows ? h * LANES : n_rows - 1;
+        const size_t left = n_rows - first_row;
+        const struct rows rows = {(const uint8_t *)w + first_row * row_bytes, row_bytes,
+                                  left < LANES ? left : LANES};
+        ROLLED
+        for (size_t first = 0; first < groups; first += CHUNK_GROUPS) {
+            const struct chunk c = open_chunk(&rows, groups, first, f, &walk);
             ROLLED
-            for (int r = 0; r < LANES; r++) {
-                f.load(rows[r] + p.at, p.half, &c[r]);
+            for (int unit = 0; unit < c.groups / f.unit; unit++) {
+                __m512i raw[RAW_VECTORS];
+                f.raw(c.at, c.stride, unit, c.scattered, &walk.room, raw);
+                UNROLL
+                for (int k = 0; k < f.unit; k++) {
+                    const int g = f.unit * unit + k;
+                    pack_group(raw, &walk.room.scales, g, k, h, f,
+                               panel_group(panel, first + (size_t)g, f.pairs, f.mins));
+                }
             }
-            pack_chunk(c, panel, p.g, groups, (int)h, f.pairs, f.mins);
         }
     }
 }
 
 /* ---- the formats ----------------------------------------------------------------------------- */
 
-/* Formats that are read by load_<name>: bytes of a unit, chunks in it, offset. */
-#define FAST_FORMATS(FORMAT)      \
-    FORMAT(Q4_0, q4_0, 72, 1, 8)  \
-    FORMAT(Q4_1, q4_1, 80, 1, 0)  \
-    FORMAT(Q5_0, q5_0, 88, 1, 16) \
-    FORMAT(Q5_1, q5_1, 96, 1, 0)  \
-    FORMAT(Q8_0, q8_0, 136, 1, 128) \
-    FORMAT(IQ4_NL, iq4_nl, 72, 1, 128) \
-    FORMAT(MXFP4, mxfp4, 68, 1, 12) \
-    FORMAT(NVFP4, nvfp4, 72, 1, 12) \
-    FORMAT(Q2_K, q2_k, 84, 2, 0) \
-    FORMAT(Q3_K, q3_k, 110, 2, 4) \
-    FORMAT(Q4_K, q4_k, 144, 2, 0) \
-    FORMAT(Q5_K, q5_k, 176, 2, 0) \
-    FORMAT(Q6_K, q6_k, 210, 2, 32) \
-    FORMAT(IQ4_XS, iq4_xs, 136, 2, 128)
+/* Formats with a way of their own: groups of a unit, offset. */
+#define FAST_FORMATS(FORMAT)    \
+    FORMAT(Q4_0, q4_0, 1, 8)    \
+    FORMAT(Q4_1, q4_1, 1, 0)    \
+    FORMAT(Q5_0, q5_0, 1, 16)   \
+    FORMAT(Q5_1, q5_1, 1, 0)    \
+    FORMAT(Q8_0, q8_0, 1, 128)  \
+    FORMAT(IQ4_NL, iq4_nl, 1, 128) \
+    FORMAT(MXFP4, mxfp4, 1, 12) \
+    FORMAT(NVFP4, nvfp4, 1, 12) \
+    FORMAT(Q2_K, q2_k, 4, 0)    \
+    FORMAT(Q3_K, q3_k, 4, 4)    \
+    FORMAT(Q4_K, q4_k, 2, 0)    \
+    FORMAT(Q5_K, q5_k, 2, 0)    \
+    FORMAT(Q6_K, q6_k, 4, 32)   \
+    FORMAT(IQ4_XS, iq4_xs, 1, 128)
 
 /* The rest goes through decode_i8. All have blocks of 256. */
 #define SLOW_FORMATS(FORMAT) \
@@ -490,62 +398,49 @@ ALWAYS_INLINE void panel_blocks(const void *w, size_t row_bytes, size_t n_rows, 
 
 enum { SLOW_OFFSET = 128 };
 
-/* Groups of 16, and minima, by quant/all.h. */
+/* Sizes, groups of 16, and minima, by quant/all.h. */
 #define V4_QUANT(NAME, name, number, len, bytes, group, has_min) \
-    enum { NAME##_PAIRS = (group) == 16, NAME##_MINS = has_min, NAME##_BYTES = bytes };
+    enum {                                                       \
+        NAME##_PAIRS = (group) == 16,                            \
+        NAME##_MINS = has_min,                                   \
+        NAME##_BYTES = bytes,                                    \
+        NAME##_GROUPS = (len) / V4_ACT_GROUP                     \
+    };
 V4_BLOCKS(V4_QUANT)
 #undef V4_QUANT
 
-#define SLOW_LOAD(NAME, name)                                                                     \
-    static __attribute__((noinline)) void load_##name(const uint8_t *p, int half,                 \
-                                                      struct chunk *c)                            \
-    {                                                                                             \
-        _Alignas(64) int8_t q[V4_MAX_BLOCK_LEN];                                                  \
-        float scale[16], min[16];                                                                 \
-        v4_##name##_decode_i8((const void *)p, q, scale, min);                                    \
-        set_chunk(q + 128 * half, scale + (NAME##_PAIRS ? 8 : 4) * half, NAME##_PAIRS, c);        \
-    }
-
-/* A chunk of 128 weights that decode_i8 gave. */
-static void set_chunk(const int8_t *q, const float *scale, int pairs, struct chunk *c)
-{
-    const __m512i offset = _mm512_set1_epi8((char)SLOW_OFFSET);
-    const __m512i q0 = _mm512_xor_si512(_mm512_load_si512(q), offset);
-    const __m512i q1 = _mm512_xor_si512(_mm512_load_si512(q + 64), offset);
-    c->lo = even_lanes(q0, q1);
-    c->hi = odd_lanes(q0, q1);
-    c->scale[0] = _mm_loadu_ps(scale);
-    if (pairs) {
-        const __m128 more = _mm_loadu_ps(scale + 4);
-        c->scale[1] = _mm_shuffle_ps(c->scale[0], more, 0xdd);
-        c->scale[0] = _mm_shuffle_ps(c->scale[0], more, 0x88);
-    }
-}
-SLOW_FORMATS(SLOW_LOAD)
+#define SLOW_SCALES(NAME, name) DECODED(name, NAME##_PAIRS ? 16 : 32)
+SLOW_FORMATS(SLOW_SCALES)
 
 /* All of them share one copy of the loops for groups of 16 and one for groups of 32. */
 #define SLOW_LOOPS(name, pairs)                                                                   \
-    static __attribute__((noinline)) void gemv_##name(load_chunk_fn *load, int bytes,             \
+    static __attribute__((noinline)) void gemv_##name(scales_fn *scales, int bytes,               \
                                                       const void *w, size_t row_bytes,            \
                                                       size_t rows, const struct v4_act *x,        \
                                                       float *out, size_t out_stride)              \
     {                                                                                             \
-        const struct format f = {load, bytes, 2, SLOW_OFFSET, pairs, 0};                          \
+        const struct format f = {no_scatter,  scales, decoded_raw, q8_0_code,   CHUNK_GROUPS,     \
+                                 bytes,       1,      SLOW_OFFSET, pairs,       0,                \
+                                 0};                                                              \
         gemv_blocks(w, row_bytes, rows, x, out, out_stride, f);                                   \
     }                                                                                             \
-    static __attribute__((noinline)) void panel_##name(load_chunk_fn *load, int bytes,            \
+    static __attribute__((noinline)) void panel_##name(scales_fn *scales, int bytes,              \
                                                        const void *w, size_t row_bytes,           \
                                                        size_t rows, size_t cols, void *panel)     \
     {                                                                                             \
-        const struct format f = {load, bytes, 2, SLOW_OFFSET, pairs, 0};                          \
+        const struct format f = {no_scatter,  scales, decoded_raw, q8_0_code,   CHUNK_GROUPS,     \
+                                 bytes,       1,      SLOW_OFFSET, pairs,       0,                \
+                                 0};                                                              \
         panel_blocks(w, row_bytes, rows, cols, panel, f);                                         \
     }
 SLOW_LOOPS(slow16, 1)
 SLOW_LOOPS(slow32, 0)
 
-#define SLOTS(NAME, name, unit, halves, offset)                                                   \
-    static const struct format format_##name = {load_##name, unit,         halves,                \
-                                                offset,      NAME##_PAIRS, NAME##_MINS};          \
+#define SLOTS(NAME, name, unit, offset)                                                           \
+    static const struct format format_##name = {                                                  \
+        name##_scatter, name##_scales, name##_raw, name##_code,  NAME##_GROUPS,                   \
+        NAME##_BYTES,   unit,          offset,     NAME##_PAIRS, NAME##_MINS,                     \
+        V4_##NAME == V4_MXFP4};                                                                   \
     static void gemv_##name(const void *w, size_t row_bytes, size_t rows, const struct v4_act *x, \
                             float *out, size_t out_stride)                                        \
     {                                                                                             \
@@ -560,13 +455,13 @@ SLOW_LOOPS(slow32, 0)
     static void gemv_##name(const void *w, size_t row_bytes, size_t rows, const struct v4_act *x, \
                             float *out, size_t out_stride)                                        \
     {                                                                                             \
-        (NAME##_PAIRS ? gemv_slow16 : gemv_slow32)(load_##name, NAME##_BYTES, w, row_bytes, rows, \
-                                                   x, out, out_stride);                           \
+        (NAME##_PAIRS ? gemv_slow16 : gemv_slow32)(name##_scales, NAME##_BYTES, w, row_bytes,     \
+                                                   rows, x, out, out_stride);                     \
     }                                                                                             \
     static void panel_##name(const void *w, size_t row_bytes, size_t rows, size_t cols,           \
                              void *panel)                                                         \
     {                                                                                             \
-        (NAME##_PAIRS ? panel_slow16 : panel_slow32)(load_##name, NAME##_BYTES, w, row_bytes,     \
+        (NAME##_PAIRS ? panel_slow16 : panel_slow32)(name##_scales, NAME##_BYTES, w, row_bytes,   \
                                                      rows, cols, panel);                          \
     }
 FAST_FORMATS(SLOTS)
@@ -581,7 +476,7 @@ static size_t panel_bytes(uint32_t quant, size_t cols)
 static int offset_of(uint32_t quant)
 {
     switch (quant) {
-#define OFFSET(NAME, name, unit, halves, offset) \
+#define OFFSET(NAME, name, unit, offset) \
     case V4_##NAME:                              \
         return offset;
         FAST_FORMATS(OFFSET)
@@ -594,25 +489,28 @@ static int offset_of(uint32_t quant)
 /* ---- products with a panel ------------------------------------------------------------------- */
 
 /* Tokens of a tile: two vectors of rows and this many tokens keep all sums in registers. */
-enum { TILE_TOKENS = 6, PAIR_TILE_TOKENS = 4, BLOCK_GROUPS = 64 };
+enum { TILE_TOKENS = 6, BLOCK_GROUPS = 64 };
 
-/* Corrections of a tile's tokens, as in struct act_chunk: [token][group][pair]. */
+/* Where the sums of a tile's tokens start, or for formats with minima the sums of the activations
+ * as floats: [token][group][pair]. */
 typedef int32_t corrections[TILE_TOKENS][BLOCK_GROUPS * 2];
 
 ALWAYS_INLINE void find_corrections(const struct v4_act *x, size_t first, int n, size_t g0,
                                     size_t groups, int offset, int pairs, int mins, corrections out)
 {
-    const int factor = mins ? 1 : -offset;
+    const float magic = MAGIC;
+    int32_t start;
+    memcpy(&start, &magic, sizeof start);
     UNROLL
     for (int t = 0; t < n; t++) {
         const int16_t *sum = x->sum + (first + (size_t)t) * (x->cols / V4_SUM_GROUP) + 2 * g0;
         for (size_t g = 0; g < groups * (size_t)(1 + pairs); g++) {
-            const int32_t value = factor * (pairs ? sum[g] : sum[2 * g] + sum[2 * g + 1]);
+            const int32_t value = pairs ? sum[g] : sum[2 * g] + sum[2 * g + 1];
             if (mins) {
                 const float real = (float)value;
                 memcpy(&out[t][g], &real, sizeof real);
             } else {
-                out[t][g] = value;
+                out[t][g] = start - offset * value;
             }
         }
     }
@@ -640,50 +538,43 @@ ALWAYS_INLINE void panel_dots(const uint8_t *codes, const int8_t *q, size_t stri
 /* A group of 32 rows with n tokens. */
 ALWAYS_INLINE void panel_group_product(struct panel_group w, const int8_t *q, size_t stride,
                                        const float *d, size_t d_stride, int n, int pairs, int mins,
-                                       corrections correction, size_t g,
+                                       int wide, corrections correction, size_t g,
                                        __m512 acc[PANEL_HALVES][TILE_TOKENS])
 {
-    __m512 product[PANEL_HALVES][TILE_TOKENS];
     UNROLL
     for (int p = 0; p <= pairs; p++) {
+        const size_t at = g * (size_t)(1 + pairs) + (size_t)p;
         __m512i dot[PANEL_HALVES][TILE_TOKENS];
         UNROLL
         for (int t = 0; t < n; t++) {
-            const int32_t start = mins ? 0 : correction[t][g * (size_t)(1 + pairs) + (size_t)p];
-            dot[0][t] = _mm512_set1_epi32(start);
-            dot[1][t] = _mm512_set1_epi32(start);
+            dot[0][t] = mins ? magic_bits() : _mm512_set1_epi32(correction[t][at]);
+            dot[1][t] = dot[0][t];
         }
         panel_dots(w.codes, q, stride, n, pairs ? 4 * p : 0, pairs ? 4 * p + 4 : 8, dot);
         UNROLL
         for (int h = 0; h < PANEL_HALVES; h++) {
-            const __m512 scale = _mm512_load_ps(w.scale + p * V4_PANEL_ROWS + h * LANES);
+            const int row = p * V4_PANEL_ROWS + h * LANES;
+            const __m512 scale = _mm512_load_ps(w.scale + row);
+            const __m512 back = _mm512_load_ps(w.back + row);
+            const __mmask16 is_wide = find_wide(scale, wide);
             UNROLL
             for (int t = 0; t < n; t++) {
-                const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[h][t]), scale);
-                product[h][t] = p == 0 ? part : _mm512_add_ps(product[h][t], part);
+                __m512 v = scaled(dot[h][t], scale, back, is_wide);
                 if (mins) {
-                    const __m512 min = _mm512_load_ps(w.min + p * V4_PANEL_ROWS + h * LANES);
                     float sum;
-                    memcpy(&sum, &correction[t][g * (size_t)(1 + pairs) + (size_t)p], sizeof sum);
-                    const __m512 less = _mm512_mul_ps(min, _mm512_set1_ps(sum));
-                    product[h][t] = _mm512_sub_ps(product[h][t], less);
+                    memcpy(&sum, &correction[t][at], sizeof sum);
+                    v = _mm512_fnmadd_ps(_mm512_load_ps(w.min + row), _mm512_set1_ps(sum), v);
                 }
+                acc[h][t] = _mm512_fmadd_ps(v, _mm512_set1_ps(d[(size_t)t * d_stride]), acc[h][t]);
             }
-        }
-    }
-    UNROLL
-    for (int t = 0; t < n; t++) {
-        const __m512 scale = _mm512_set1_ps(d[(size_t)t * d_stride]);
-        UNROLL
-        for (int h = 0; h < PANEL_HALVES; h++) {
-            acc[h][t] = _mm512_add_ps(acc[h][t], _mm512_mul_ps(product[h][t], scale));
         }
     }
 }
 
 /* 32 rows with n tokens. */
 ALWAYS_INLINE void panel_tile(const void *panel, size_t rows, const struct v4_act *x, size_t first,
-                              int n, int offset, int pairs, int mins, float *out, size_t out_stride)
+                              int n, int offset, int pairs, int mins, int wide, float *out,
+                              size_t out_stride)
 {
     const size_t groups = x->cols / V4_ACT_GROUP;
     __m512 acc[PANEL_HALVES][TILE_TOKENS];
@@ -700,7 +591,7 @@ ALWAYS_INLINE void panel_tile(const void *panel, size_t rows, const struct v4_ac
             const int8_t *q = x->q + first * x->cols + (block + g) * V4_ACT_GROUP;
             const float *d = x->d + first * groups + block + g;
             panel_group_product(panel_group(panel, block + g, pairs, mins), q, x->cols, d, groups,
-                                n, pairs, mins, correction, g, acc);
+                                n, pairs, mins, wide, correction, g, acc);
         }
     }
     UNROLL
@@ -716,26 +607,28 @@ ALWAYS_INLINE void panel_tile(const void *panel, size_t rows, const struct v4_ac
     }
 }
 
-/* All tokens, by tiles of at most `most`. */
-#define GEMM(name, most, pairs, mins)                                                             \
+/* All tokens, by tiles. */
+#define GEMM(name, pairs, mins, wide)                                                             \
     static void gemm_##name(const void *panel, size_t rows, const struct v4_act *x, int offset,   \
                             float *out, size_t out_stride)                                        \
     {                                                                                             \
         size_t t = 0;                                                                             \
-        for (; t + (most) <= x->n_tokens; t += (most)) {                                          \
-            panel_tile(panel, rows, x, t, most, offset, pairs, mins, out, out_stride);            \
+        for (; t + TILE_TOKENS <= x->n_tokens; t += TILE_TOKENS) {                                \
+            panel_tile(panel, rows, x, t, TILE_TOKENS, offset, pairs, mins, wide, out,            \
+                       out_stride);                                                               \
         }                                                                                         \
         for (; t + 2 <= x->n_tokens; t += 2) {                                                    \
-            panel_tile(panel, rows, x, t, 2, offset, pairs, mins, out, out_stride);               \
+            panel_tile(panel, rows, x, t, 2, offset, pairs, mins, wide, out, out_stride);         \
         }                                                                                         \
         if (t < x->n_tokens) {                                                                    \
-            panel_tile(panel, rows, x, t, 1, offset, pairs, mins, out, out_stride);               \
+            panel_tile(panel, rows, x, t, 1, offset, pairs, mins, wide, out, out_stride);         \
         }                                                                                         \
     }
-GEMM(plain, TILE_TOKENS, 0, 0)
-GEMM(mins, TILE_TOKENS, 0, 1)
-GEMM(pairs, PAIR_TILE_TOKENS, 1, 0)
-GEMM(pairs_mins, PAIR_TILE_TOKENS, 1, 1)
+GEMM(plain, 0, 0, 0)
+GEMM(wide, 0, 0, 1)
+GEMM(mins, 0, 1, 0)
+GEMM(pairs, 1, 0, 0)
+GEMM(pairs_mins, 1, 1, 0)
 
 static void gemm_i8(uint32_t quant, const void *panel, size_t rows, const struct v4_act *x,
                     float *out, size_t out_stride)
@@ -744,6 +637,8 @@ static void gemm_i8(uint32_t quant, const void *panel, size_t rows, const struct
     const int offset = offset_of(quant);
     if (info->group == 16) {
         (info->has_min ? gemm_pairs_mins : gemm_pairs)(panel, rows, x, offset, out, out_stride);
+    } else if (quant == V4_MXFP4) {
+        gemm_wide(panel, rows, x, offset, out, out_stride);
     } else {
         (info->has_min ? gemm_mins : gemm_plain)(panel, rows, x, offset, out, out_stride);
     }
@@ -1037,6 +932,34 @@ static void f32_from_f16(const uint16_t *x, size_t n, float *out)
 }
 
 /* ---- attention ------------------------------------------------------------------------------- */
+
+/* v[i]'s element j as v[j]'s element i, elements being 32 bits. */
+ALWAYS_INLINE void transpose16(__m512i v[LANES])
+{
+    __m512i a[LANES];
+    UNROLL
+    for (int i = 0; i < LANES; i += 4) {
+        const __m512i x0 = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        const __m512i x1 = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        const __m512i x2 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
+        const __m512i x3 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+        a[i] = _mm512_unpacklo_epi64(x0, x2);
+        a[i + 1] = _mm512_unpackhi_epi64(x0, x2);
+        a[i + 2] = _mm512_unpacklo_epi64(x1, x3);
+        a[i + 3] = _mm512_unpackhi_epi64(x1, x3);
+    }
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        const __m512i x0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
+        const __m512i x1 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
+        const __m512i x2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+        const __m512i x3 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
+        v[j] = _mm512_shuffle_i32x4(x0, x2, 0x88);
+        v[4 + j] = _mm512_shuffle_i32x4(x0, x2, 0xdd);
+        v[8 + j] = _mm512_shuffle_i32x4(x1, x3, 0x88);
+        v[12 + j] = _mm512_shuffle_i32x4(x1, x3, 0xdd);
+    }
+}
 
 /* Keys are turned around, 64 of them and 64 of their values at a time, so that a vector has one
  * value of sixteen keys and no sum runs across a vector. */

@@ -1,9 +1,12 @@
-/* How AVX-512 reads each block format: 128 weights of a row at a time, as unsigned bytes.
+/* How AVX-512 reads each block format: sixteen rows side by side, a row an element of a vector.
  *
- * A chunk is four groups of 32 weights. `lo` has weights 0..15 of each group, a group a 128-bit
- * lane, `hi` weights 16..31. A byte is decode_i8's q plus the format's offset, so that it is
- * unsigned, as vpdpbusd wants one of its sides. Scales (and minima) are one a group, or, in formats
- * with groups of 16, [0] for `lo` and [1] for `hi`. */
+ * vpdpbusd multiplies four bytes of an element by four others and adds them up. So weights are
+ * wanted with four consecutive ones of a row in an element; they lie sixteen bytes or more together
+ * in each row. Sixteen bytes of sixteen rows are turned into that order as they are, packed; only
+ * then are codes taken out of them, which is cheaper, since there are fewer.
+ *
+ * A chunk is up to eight groups of 32 weights: one block of 256, or some smaller ones. A code is
+ * decode_i8's q plus the format's offset, so that it is unsigned, as vpdpbusd wants one side. */
 #ifndef V4_AVX512_FORMATS_H
 #define V4_AVX512_FORMATS_H
 
@@ -11,372 +14,652 @@
 
 #include "../quant/blocks.h"
 
-struct chunk {
-    __m512i lo, hi;
-    __m128 scale[2], min[2];
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+/* For loops over registers. */
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum { LANES = 16, CHUNK_GROUPS = 8, CODE_VECTORS = V4_ACT_GROUP / 4 };
+
+/* What is small and lies scattered in the blocks of a chunk, copied by plain loads and stores, which
+ * leave the vector units free: a number a group, or a block, of each row. */
+struct scattered {
+    _Alignas(64) uint32_t words[CHUNK_GROUPS][LANES];
+    _Alignas(64) uint32_t fifth[CHUNK_GROUPS][LANES];
+    _Alignas(64) uint16_t halves[CHUNK_GROUPS][LANES];
+    _Alignas(64) uint8_t bytes[CHUNK_GROUPS][LANES];
 };
 
-/* Reads chunk `half` of the bytes at p, which are `unit` bytes and hold `halves` chunks. */
-typedef void load_chunk_fn(const uint8_t *p, int half, struct chunk *c);
+/* Scales and minima of a chunk: one a group, or two in formats with groups of 16. */
+struct scales {
+    _Alignas(64) float scale[CHUNK_GROUPS][2][LANES];
+    _Alignas(64) float min[CHUNK_GROUPS][2][LANES];
+};
 
-/* What the loops must know of a format. All of it is constant where it is used. */
+/* Weights of formats without a fast way, decoded by decode_i8: [row][weight]. */
+struct decoded {
+    _Alignas(64) int8_t q[LANES][V4_MAX_BLOCK_LEN];
+};
+
+/* What a chunk is read with, apart from the rows themselves. */
+struct room {
+    struct scales scales;
+    struct decoded decoded;
+};
+
+/* Vectors that a unit of a chunk is held in while codes are taken out of it. */
+enum { RAW_VECTORS = 24 };
+
+/* The functions of a format. `p` is the chunk in the first row; rows are `stride` bytes apart.
+ * Everything is constant where it is used, so nothing is called. */
+typedef void scatter_fn(const uint8_t *p, size_t stride, int groups, struct scattered *to);
+typedef void scales_fn(const uint8_t *p, size_t stride, int groups, const struct scattered *from,
+                       struct room *to);
+typedef void raw_fn(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                    const struct room *room, __m512i raw[RAW_VECTORS]);
+/* Weights 4 j .. 4 j + 3 of group k of the unit. */
+typedef __m512i code_fn(const __m512i raw[RAW_VECTORS], int k, int j);
+
 struct format {
-    load_chunk_fn *load;
-    int unit;   /* bytes of `halves` chunks */
-    int halves; /* 2 where a block has 256 weights, else 1 */
-    int offset; /* added to each q */
-    int pairs;  /* 1 where groups have 16 weights */
-    int mins;   /* 1 where groups have a minimum */
+    scatter_fn *scatter;
+    scales_fn *scales;
+    raw_fn *raw;
+    code_fn *code;
+    int block_groups; /* groups of a block */
+    int block_bytes;
+    int unit;         /* groups that are read together */
+    int offset;       /* added to each q */
+    int pairs;        /* 1 where groups have 16 weights */
+    int mins;         /* 1 where groups have a minimum */
+    int wide;         /* 1 where scales reach 2^104 and more */
 };
 
-/* Where byte b of a stretch is, in words, when it is loaded as 64 bytes from 0 and 64 from
- * `second`. */
-#define WORD(b, second) ((b) < 64 ? (b) / 2 : 32 + ((b) - (second)) / 2)
-#define WORDS(b, s)                                                                              \
-    WORD(b, s), WORD((b) + 2, s), WORD((b) + 4, s), WORD((b) + 6, s), WORD((b) + 8, s),          \
-        WORD((b) + 10, s), WORD((b) + 12, s), WORD((b) + 14, s)
-/* The sixteen bytes from `at` of four blocks of `size` bytes, and two bytes of each. */
-#define SIXTEEN(at, size, s)                                                                     \
-    {WORDS(at, s), WORDS((at) + (size), s), WORDS((at) + 2 * (size), s),                         \
-     WORDS((at) + 3 * (size), s)}
-#define TWO(at, size, s)                                                                         \
-    WORD(at, s), WORD((at) + (size), s), WORD((at) + 2 * (size), s), WORD((at) + 3 * (size), s)
+/* ---- sixteen rows ---------------------------------------------------------------------------- */
 
-/* Two loads that cover four blocks, and words picked from them. */
-static inline __m512i pick(__m512i first, const uint16_t *words, __m512i second)
+ALWAYS_INLINE __m128i load_16(const uint8_t *p)
 {
-    return _mm512_permutex2var_epi16(first, _mm512_load_si512(words), second);
+    return _mm_loadu_si128((const __m128i *)(const void *)p);
 }
 
-static inline __m128 halves_to_floats(__m512i v)
+/* Sixteen bytes of four rows. */
+ALWAYS_INLINE __m512i four_rows(const uint8_t *p, size_t step)
 {
-    return _mm_cvtph_ps(_mm512_castsi512_si128(v));
+    __m512i v = _mm512_castsi128_si512(load_16(p));
+    v = _mm512_inserti32x4(v, load_16(p + step), 1);
+    v = _mm512_inserti32x4(v, load_16(p + 2 * step), 2);
+    return _mm512_inserti32x4(v, load_16(p + 3 * step), 3);
 }
 
-/* One half-precision number in eight lanes. */
-static inline __m256 half_in_lanes(const uint8_t *p)
+/* Sixteen bytes of sixteen rows: v[j] has bytes 4 j .. 4 j + 3 of each. */
+ALWAYS_INLINE void turn_16(const uint8_t *p, size_t stride, __m512i v[4])
 {
-    return _mm256_cvtph_ps(_mm_set1_epi16((short)v4_load_u16(p)));
+    const __m512i a = four_rows(p, 4 * stride);
+    const __m512i b = four_rows(p + stride, 4 * stride);
+    const __m512i c = four_rows(p + 2 * stride, 4 * stride);
+    const __m512i d = four_rows(p + 3 * stride, 4 * stride);
+    const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+    const __m512i ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
+    v[0] = _mm512_unpacklo_epi64(ab, cd);
+    v[1] = _mm512_unpackhi_epi64(ab, cd);
+    v[2] = _mm512_unpacklo_epi64(ab2, cd2);
+    v[3] = _mm512_unpackhi_epi64(ab2, cd2);
 }
 
-static inline __m512i low_nibbles(__m512i v)
+ALWAYS_INLINE void turn_32(const uint8_t *p, size_t stride, __m512i v[8])
+{
+    turn_16(p, stride, v);
+    turn_16(p + 16, stride, v + 4);
+}
+
+/* ---- codes ----------------------------------------------------------------------------------- */
+
+ALWAYS_INLINE __m512i low_nibbles(__m512i v)
 {
     return _mm512_and_si512(v, _mm512_set1_epi8(15));
 }
 
-static inline __m512i high_nibbles(__m512i v)
+ALWAYS_INLINE __m512i high_nibbles(__m512i v)
 {
     return low_nibbles(_mm512_srli_epi16(v, 4));
 }
 
-static inline __m512i look_up(const int8_t *table, __m512i codes)
+/* Sixteen bytes whose low nibbles are weights 0..15 of a group and whose high ones 16..31. */
+ALWAYS_INLINE __m512i nibble(const __m512i raw[4], int j)
+{
+    return j < 4 ? low_nibbles(raw[j]) : high_nibbles(raw[j - 4]);
+}
+
+ALWAYS_INLINE __m512i look_up(const int8_t *table, __m512i codes)
 {
     const __m128i values = _mm_load_si128((const __m128i *)(const void *)table);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes);
 }
 
-/* Lanes 0, 2 of a and of b, and lanes 1, 3: from weights in order to `lo` and `hi`. */
-static inline __m512i even_lanes(__m512i a, __m512i b)
+/* v with the bits of `mask` taken from `other`. */
+ALWAYS_INLINE __m512i with_bits(__m512i v, __m512i other, int mask)
 {
-    return _mm512_shuffle_i32x4(a, b, 0x88);
+    return _mm512_ternarylogic_epi64(v, other, _mm512_set1_epi8((char)mask), 0xf8);
 }
 
-static inline __m512i odd_lanes(__m512i a, __m512i b)
+/* v shifted left, or right where `by` is negative; what crosses from byte to byte is for the caller
+ * to mask. */
+ALWAYS_INLINE __m512i shifted(__m512i v, int by)
 {
-    return _mm512_shuffle_i32x4(a, b, 0xdd);
+    return by < 0 ? _mm512_srli_epi16(v, (unsigned)-by) : _mm512_slli_epi16(v, (unsigned)by);
 }
 
-static inline __m128i load_u32(const uint8_t *p)
+/* The bits of `codes` where v has a bit of `mask`. */
+ALWAYS_INLINE __m512i add_where(__m512i codes, __m512i v, __m512i mask, int value)
 {
-    return _mm_cvtsi32_si128((int)v4_load_u32(p));
+    const __mmask64 set = _mm512_test_epi8_mask(v, mask);
+    return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8((char)value));
 }
 
-_Alignas(64) static const uint16_t q4_0_codes[32] = SIXTEEN(2, 18, 8);
-_Alignas(64) static const uint16_t q4_0_scales[32] = {TWO(0, 18, 8)};
-
-static inline void load_q4_0(const uint8_t *p, int half, struct chunk *c)
+/* A code's fifth bit is bit 4 j + b of the row's word, for byte b of vector j. */
+ALWAYS_INLINE __m512i with_fifth(__m512i codes, __m512i words, int j)
 {
-    (void)half;
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 8);
-    const __m512i codes = pick(a, q4_0_codes, b);
-    c->lo = low_nibbles(codes);
-    c->hi = high_nibbles(codes);
-    c->scale[0] = halves_to_floats(pick(a, q4_0_scales, b));
+    const __m512i byte = _mm512_set1_epi32(j / 2 * 0x01010101);
+    const __m512i first = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    const __m512i bits = _mm512_set1_epi32(j % 2 ? (int)0x80402010 : 0x08040201);
+    const __m512i spread = _mm512_shuffle_epi8(words, _mm512_add_epi8(first, byte));
+    return add_where(codes, spread, bits, 16);
+}
+
+/* ---- scales ---------------------------------------------------------------------------------- */
+
+ALWAYS_INLINE __m512 floats_of_halves(const uint16_t halves[LANES])
+{
+    return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)halves));
+}
+
+/* The low half of each word, as a half-precision number. */
+ALWAYS_INLINE __m512 low_halves(__m512i words)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+}
+
+ALWAYS_INLINE __m512 high_halves(__m512i words)
+{
+    return low_halves(_mm512_srli_epi32(words, 16));
+}
+
+/* Bits `from` .. `from` + n of each word. */
+ALWAYS_INLINE __m512i field(__m512i words, int from, int n)
+{
+    return _mm512_and_si512(_mm512_srli_epi32(words, (unsigned)from),
+                            _mm512_set1_epi32((1 << n) - 1));
+}
+
+ALWAYS_INLINE __m512 times(__m512 d, __m512i integers)
+{
+    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(integers));
+}
+
+/* Copies a number of `bytes` bytes at `at` of each block, `size` bytes apart, of sixteen rows. */
+#define SCATTER(name, type, to_field, at, size, n)                                                \
+    ALWAYS_INLINE void name(const uint8_t *p, size_t stride, int n_blocks, struct scattered *to)  \
+    {                                                                                             \
+        for (int r = 0; r < LANES; r++, p += stride) {                                            \
+            UNROLL                                                                                \
+            for (int b = 0; b < (n); b++) {                                                       \
+                if (b < n_blocks) {                                                               \
+                    memcpy(&to->to_field[b][r], p + b * (size) + (at), sizeof(type));             \
+                }                                                                                 \
+            }                                                                                     \
+        }                                                                                         \
+    }
+
+/* ---- blocks of 32 ---------------------------------------------------------------------------- */
+
+ALWAYS_INLINE void set_halves_as_scales(int groups, const struct scattered *from, struct room *to)
+{
+    for (int g = 0; g < groups; g++) {
+        _mm512_store_ps(to->scales.scale[g][0], floats_of_halves(from->halves[g]));
+    }
+}
+
+/* A word is a scale and a minimum, whose sign is the other way round in blocks. */
+ALWAYS_INLINE void set_words_as_scales(int groups, const struct scattered *from, struct room *to)
+{
+    for (int g = 0; g < groups; g++) {
+        const __m512i words = _mm512_load_si512(from->words[g]);
+        _mm512_store_ps(to->scales.scale[g][0], low_halves(words));
+        const __m512 min = _mm512_xor_ps(high_halves(words), _mm512_set1_ps(-0.0f));
+        _mm512_store_ps(to->scales.min[g][0], min);
+    }
+}
+
+SCATTER(q4_0_scatter, uint16_t, halves, 0, 18, CHUNK_GROUPS)
+
+ALWAYS_INLINE void q4_0_scales(const uint8_t *p, size_t stride, int groups,
+                               const struct scattered *from, struct room *to)
+{
+    (void)p, (void)stride;
+    set_halves_as_scales(groups, from, to);
+}
+
+ALWAYS_INLINE void q4_0_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_16(p + 18 * unit + 2, stride, raw);
+}
+
+ALWAYS_INLINE __m512i q4_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
+{
+    (void)k;
+    return nibble(raw, j);
 }
 
 /* The table plus 128, the format's offset. */
-_Alignas(16) static const int8_t iq4_table[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+_Alignas(16) static const int8_t iq4_table[16] = {1,    24,   45,   63,  79,  93,  106, 118,
                                                   -127, -115, -103, -90, -75, -59, -39, -15};
 
-static inline void load_iq4_nl(const uint8_t *p, int half, struct chunk *c)
+#define iq4_nl_scatter q4_0_scatter
+#define iq4_nl_scales q4_0_scales
+#define iq4_nl_raw q4_0_raw
+
+ALWAYS_INLINE __m512i iq4_nl_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
-    load_q4_0(p, half, c);
-    c->lo = look_up(iq4_table, c->lo);
-    c->hi = look_up(iq4_table, c->hi);
+    (void)k;
+    return look_up(iq4_table, nibble(raw, j));
 }
 
-static inline void load_iq4_xs(const uint8_t *p, int half, struct chunk *c)
+SCATTER(q4_1_scatter, uint32_t, words, 0, 20, CHUNK_GROUPS)
+
+ALWAYS_INLINE void q4_1_scales(const uint8_t *p, size_t stride, int groups,
+                               const struct scattered *from, struct room *to)
 {
-    const struct v4_block_iq4_xs *block = (const void *)p;
-    const __m512i codes = _mm512_loadu_si512(block->qs + 64 * half);
-    c->lo = look_up(iq4_table, low_nibbles(codes));
-    c->hi = look_up(iq4_table, high_nibbles(codes));
-    const unsigned l = v4_load_u16(block->scales_l + 2 * half);
-    const unsigned h = v4_load_u16(block->scales_h) >> (8 * half);
-    const __m128i low = _mm_and_si128(
-        _mm_srlv_epi32(_mm_set1_epi32((int)l), _mm_setr_epi32(0, 4, 8, 12)), _mm_set1_epi32(15));
-    const __m128i high = _mm_and_si128(
-        _mm_sllv_epi32(_mm_set1_epi32((int)(h & 255)), _mm_setr_epi32(4, 2, 0, 0)),
-        _mm_set1_epi32(48));
-    const __m128i last = _mm_and_si128(_mm_set1_epi32((int)(h >> 2)), _mm_setr_epi32(0, 0, 0, 48));
-    const __m128i high4 = _mm_blend_epi32(high, last, 8);
-    const __m128i s = _mm_sub_epi32(_mm_or_si128(low, high4), _mm_set1_epi32(32));
-    c->scale[0] = _mm_mul_ps(_mm256_castps256_ps128(half_in_lanes(block->d)), _mm_cvtepi32_ps(s));
+    (void)p, (void)stride;
+    set_words_as_scales(groups, from, to);
 }
 
-_Alignas(64) static const uint16_t q4_1_codes[32] = SIXTEEN(4, 20, 16);
-_Alignas(64) static const uint16_t q4_1_scales[32] = {TWO(0, 20, 16), TWO(2, 20, 16)};
-
-static inline void load_q4_1(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE void q4_1_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
 {
-    (void)half;
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 16);
-    const __m512i codes = pick(a, q4_1_codes, b);
-    c->lo = low_nibbles(codes);
-    c->hi = high_nibbles(codes);
-    const __m256 scales = _mm256_cvtph_ps(_mm512_castsi512_si128(pick(a, q4_1_scales, b)));
-    c->scale[0] = _mm256_castps256_ps128(scales);
-    c->min[0] = _mm_xor_ps(_mm256_extractf128_ps(scales, 1), _mm_set1_ps(-0.0f));
+    (void)from, (void)room;
+    turn_16(p + 20 * unit + 4, stride, raw);
 }
 
-/* Sets bit 4 of the bytes that a mask names. */
-static inline __m512i fifth_bits(__m512i codes, uint64_t mask)
+#define q4_1_code q4_0_code
+
+SCATTER(q5_0_halves, uint16_t, halves, 0, 22, CHUNK_GROUPS)
+SCATTER(q5_0_fifth, uint32_t, fifth, 2, 22, CHUNK_GROUPS)
+
+ALWAYS_INLINE void q5_0_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
 {
-    return _mm512_mask_add_epi8(codes, mask, codes, _mm512_set1_epi8(16));
+    q5_0_halves(p, stride, groups, to);
+    q5_0_fifth(p, stride, groups, to);
 }
 
-static inline uint64_t word64(__m512i v, int i)
+#define q5_0_scales q4_0_scales
+
+ALWAYS_INLINE void q5_0_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
 {
-    return (uint64_t)(i == 0 ? _mm_cvtsi128_si64(_mm512_castsi512_si128(v))
-                             : _mm_extract_epi64(_mm512_castsi512_si128(v), 1));
+    (void)room;
+    turn_16(p + 22 * unit + 6, stride, raw);
+    raw[4] = _mm512_load_si512(from->fifth[unit]);
 }
 
-_Alignas(64) static const uint16_t q5_0_codes[32] = SIXTEEN(6, 22, 24);
-_Alignas(64) static const uint16_t q5_0_scales[32] = {TWO(0, 22, 24)};
-_Alignas(64) static const uint16_t q5_0_fifth[32] = {TWO(2, 22, 24), TWO(4, 22, 24)};
-
-static inline void load_q5_0(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE __m512i q5_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
-    (void)half;
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 24);
-    const __m512i codes = pick(a, q5_0_codes, b), fifth = pick(a, q5_0_fifth, b);
-    c->lo = fifth_bits(low_nibbles(codes), word64(fifth, 0));
-    c->hi = fifth_bits(high_nibbles(codes), word64(fifth, 1));
-    c->scale[0] = halves_to_floats(pick(a, q5_0_scales, b));
+    (void)k;
+    return with_fifth(nibble(raw, j), raw[4], j);
 }
 
-_Alignas(64) static const uint16_t q5_1_codes[32] = SIXTEEN(8, 24, 32);
-_Alignas(64) static const uint16_t q5_1_scales[32] = {TWO(0, 24, 32), TWO(2, 24, 32)};
-_Alignas(64) static const uint16_t q5_1_fifth[32] = {TWO(4, 24, 32), TWO(6, 24, 32)};
+SCATTER(q5_1_words, uint32_t, words, 0, 24, CHUNK_GROUPS)
+SCATTER(q5_1_fifth, uint32_t, fifth, 4, 24, CHUNK_GROUPS)
 
-static inline void load_q5_1(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE void q5_1_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
 {
-    (void)half;
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 32);
-    const __m512i codes = pick(a, q5_1_codes, b), fifth = pick(a, q5_1_fifth, b);
-    c->lo = fifth_bits(low_nibbles(codes), word64(fifth, 0));
-    c->hi = fifth_bits(high_nibbles(codes), word64(fifth, 1));
-    const __m256 scales = _mm256_cvtph_ps(_mm512_castsi512_si128(pick(a, q5_1_scales, b)));
-    c->scale[0] = _mm256_castps256_ps128(scales);
-    c->min[0] = _mm_xor_ps(_mm256_extractf128_ps(scales, 1), _mm_set1_ps(-0.0f));
+    q5_1_words(p, stride, groups, to);
+    q5_1_fifth(p, stride, groups, to);
 }
 
-/* Four blocks are 136 bytes: the last eight come with a second pair of loads. */
-_Alignas(64) static const uint16_t q8_0_lo[32] = SIXTEEN(2, 34, 64);
-_Alignas(64) static const uint16_t q8_0_hi[32] = SIXTEEN(10, 34, 64);
-_Alignas(64) static const uint16_t q8_0_scales[32] = {TWO(0, 34, 64)};
+#define q5_1_scales q4_1_scales
 
-static inline void load_q8_0(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE void q5_1_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
 {
-    (void)half;
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
-    const __m512i a8 = _mm512_loadu_si512(p + 8), b8 = _mm512_loadu_si512(p + 72);
-    const __m512i offset = _mm512_set1_epi8(-128);
-    c->lo = _mm512_xor_si512(pick(a, q8_0_lo, b), offset);
-    c->hi = _mm512_xor_si512(pick(a8, q8_0_hi, b8), offset);
-    c->scale[0] = halves_to_floats(pick(a, q8_0_scales, b));
+    (void)room;
+    turn_16(p + 24 * unit + 8, stride, raw);
+    raw[4] = _mm512_load_si512(from->fifth[unit]);
 }
+
+#define q5_1_code q5_0_code
+
+SCATTER(q8_0_scatter, uint16_t, halves, 0, 34, CHUNK_GROUPS)
+
+#define q8_0_scales q4_0_scales
+
+ALWAYS_INLINE void q8_0_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_32(p + 34 * unit + 2, stride, raw);
+}
+
+/* Signed bytes plus 128. */
+ALWAYS_INLINE __m512i q8_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
+{
+    (void)k;
+    return _mm512_xor_si512(raw[j], _mm512_set1_epi8(-128));
+}
+
+/* ---- four-bit floats ------------------------------------------------------------------------- */
 
 /* e2m1 doubled, plus 12, the format's offset. */
 _Alignas(16) static const int8_t e2m1_table[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                                    12, 11, 10, 9,  8,  6,  4,  0};
 
-static inline void load_mxfp4(const uint8_t *p, int half, struct chunk *c)
+SCATTER(mxfp4_scatter, uint8_t, bytes, 0, 17, CHUNK_GROUPS)
+
+/* See v4_half_of_e8m0. */
+ALWAYS_INLINE void mxfp4_scales(const uint8_t *p, size_t stride, int groups,
+                                const struct scattered *from, struct room *to)
 {
-    (void)half;
-    __m512i codes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)(p + 1)));
-    const uint8_t *q = p + 1;
-    codes = _mm512_inserti32x4(codes, _mm_loadu_si128((const __m128i *)(const void *)(q + 17)), 1);
-    codes = _mm512_inserti32x4(codes, _mm_loadu_si128((const __m128i *)(const void *)(q + 34)), 2);
-    codes = _mm512_inserti32x4(codes, _mm_loadu_si128((const __m128i *)(const void *)(q + 51)), 3);
-    c->lo = look_up(e2m1_table, low_nibbles(codes));
-    c->hi = look_up(e2m1_table, high_nibbles(codes));
-    const uint32_t bytes = (uint32_t)p[0] | (uint32_t)p[17] << 8 | (uint32_t)p[34] << 16 |
-                           (uint32_t)p[51] << 24;
-    const __m128i e = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)bytes));
-    const __m128i normal = _mm_slli_epi32(_mm_sub_epi32(e, _mm_set1_epi32(1)), 23);
-    const __m128i subnormal = _mm_sllv_epi32(_mm_set1_epi32(0x00200000), e);
-    const __mmask8 tiny = _mm_cmplt_epi32_mask(e, _mm_set1_epi32(2));
-    c->scale[0] = _mm_castsi128_ps(_mm_mask_mov_epi32(normal, tiny, subnormal));
+    (void)p, (void)stride;
+    for (int g = 0; g < groups; g++) {
+        const __m512i e = _mm512_cvtepu8_epi32(load_16(from->bytes[g]));
+        const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+        const __mmask16 tiny = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+        const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
+        const __m512i bits = _mm512_mask_mov_epi32(normal, tiny, small);
+        _mm512_store_ps(to->scales.scale[g][0], _mm512_castsi512_ps(bits));
+    }
 }
 
-/* Two blocks of 36 bytes. */
-_Alignas(64) static const uint16_t nvfp4_codes[32] = {
-    WORDS(4, 8), WORDS(20, 8), WORDS(40, 8), WORDS(56, 8)};
-
-static inline void load_nvfp4(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE void mxfp4_raw(const uint8_t *p, size_t stride, int unit,
+                             const struct scattered *from, const struct room *room,
+                             __m512i raw[RAW_VECTORS])
 {
-    (void)half;
-    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 8);
-    const __m512i codes = pick(a, nvfp4_codes, b);
-    const __m512i low = look_up(e2m1_table, low_nibbles(codes));
-    const __m512i high = look_up(e2m1_table, high_nibbles(codes));
-    c->lo = _mm512_unpacklo_epi64(low, high);
-    c->hi = _mm512_unpackhi_epi64(low, high);
-    /* e4m3 as half precision has the same bits, 2^8 too small; the table is doubled. */
-    const __m128i d = _mm_unpacklo_epi32(load_u32(p), load_u32(p + 36));
-    const __m128i even = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, -1, -1, -1, -1, -1, -1, -1, -1);
-    const __m128i sorted = _mm_shuffle_epi8(d, even);
-    const __mmask16 nan = _mm_cmpeq_epi8_mask(sorted, _mm_set1_epi8(0x7f));
-    const __m128i bits = _mm_and_si128(_mm_mask_mov_epi8(sorted, nan, _mm_setzero_si128()),
-                                       _mm_set1_epi8(0x7f));
-    const __m128i half_bits = _mm_slli_epi16(_mm_cvtepu8_epi16(bits), 7);
-    const __m256 scales = _mm256_mul_ps(_mm256_cvtph_ps(half_bits), _mm256_set1_ps(128));
-    c->scale[0] = _mm256_castps256_ps128(scales);
-    c->scale[1] = _mm256_extractf128_ps(scales, 1);
+    (void)from, (void)room;
+    turn_16(p + 17 * unit + 1, stride, raw);
 }
 
-/* Half a superblock's scales and minima, also of Q5_K: see v4_k_scale_min. */
-static inline void k_scales(const uint8_t *d, const uint8_t *scales, int half, struct chunk *c)
+ALWAYS_INLINE __m512i mxfp4_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
-    const uint32_t a = v4_load_u32(scales), b = v4_load_u32(scales + 4);
-    const uint32_t e = v4_load_u32(scales + 8);
-    const uint32_t s = half ? (e & 0x0f0f0f0f) | (a >> 2 & 0x30303030) : a & 0x3f3f3f3f;
-    const uint32_t m = half ? (e >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030) : b & 0x3f3f3f3f;
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)(s | (uint64_t)m << 32)));
-    const __m256 d_dmin = _mm256_castps128_ps256(_mm_cvtph_ps(load_u32(d)));
-    const __m256i eight = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    const __m256 factors = _mm256_permutevar8x32_ps(d_dmin, eight);
-    const __m256 product = _mm256_mul_ps(factors, _mm256_cvtepi32_ps(bytes));
-    c->scale[0] = _mm256_castps256_ps128(product);
-    c->min[0] = _mm256_extractf128_ps(product, 1);
+    (void)k;
+    return look_up(e2m1_table, nibble(raw, j));
 }
 
-/* Groups 0, 2 in the low nibbles and 1, 3 in the high ones: in order, first halves and second. */
-_Alignas(64) static const uint64_t k_lo[8] = {0, 1, 8, 9, 4, 5, 12, 13};
-_Alignas(64) static const uint64_t k_hi[8] = {2, 3, 10, 11, 6, 7, 14, 15};
+SCATTER(nvfp4_words, uint32_t, words, 0, 36, CHUNK_GROUPS / 2)
 
-static inline void k_codes(const uint8_t *qs, int half, struct chunk *c)
+/* A row of an odd number of groups does not exist: a block has two. */
+ALWAYS_INLINE void nvfp4_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
 {
-    const __m512i codes = _mm512_loadu_si512(qs + 64 * half);
-    const __m512i low = low_nibbles(codes), high = high_nibbles(codes);
-    c->lo = _mm512_permutex2var_epi64(low, _mm512_load_si512(k_lo), high);
-    c->hi = _mm512_permutex2var_epi64(low, _mm512_load_si512(k_hi), high);
+    nvfp4_words(p, stride, groups / 2, to);
 }
 
-static inline void load_q4_k(const uint8_t *p, int half, struct chunk *c)
+/* Two e4m3 numbers, halved, of each row: bytes `at` and `at` + 1 of its word. e4m3 as half precision
+ * has the same bits, 2^8 too small; the table of the codes is doubled. */
+ALWAYS_INLINE void set_ue4m3(__m512i words, int at, float to[2][LANES])
 {
-    const struct v4_block_q4_k *block = (const void *)p;
-    k_codes(block->qs, half, c);
-    k_scales(block->d, block->scales, half, c);
+    const __m512i first = field(words, 8 * at, 8), second = field(words, 8 * at + 8, 8);
+    const __m512i both = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    /* 0x7f is no number and counts as 0; otherwise the sign does not count. */
+    const __mmask32 number = _mm512_cmpneq_epi16_mask(both, _mm512_set1_epi16(0x7f));
+    const __m512i bits = _mm512_maskz_mov_epi16(number, both);
+    const __m512i halves =
+        _mm512_slli_epi16(_mm512_and_si512(bits, _mm512_set1_epi16(0x7f)), 7);
+    const __m512 factor = _mm512_set1_ps(128);
+    const __m512 a = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), factor);
+    const __m512 b = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), factor);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    _mm512_store_ps(to[0], _mm512_permutex2var_ps(a, even, b));
+    _mm512_store_ps(to[1], _mm512_permutex2var_ps(a, odd, b));
 }
 
-/* The sixteen bytes at p in each lane, every lane's own bits of them: lane g has bits from
- * `first` + `step` g moved to `to`. Whatever crosses from byte to byte is for the caller to
- * mask. */
-static inline __m512i lane_bits(const uint8_t *p, int first, int step, int to)
+ALWAYS_INLINE void nvfp4_scales(const uint8_t *p, size_t stride, int groups,
+                                const struct scattered *from, struct room *to)
 {
-    const __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)p));
-    const int64_t by = first - to;
-    return _mm512_rorv_epi64(v, _mm512_setr_epi64(by, by, by + step, by + step, by + 2 * step,
-                                                  by + 2 * step, by + 3 * step, by + 3 * step));
+    (void)p, (void)stride;
+    for (int b = 0; b < groups / 2; b++) {
+        const __m512i words = _mm512_load_si512(from->words[b]);
+        set_ue4m3(words, 0, to->scales.scale[2 * b]);
+        set_ue4m3(words, 2, to->scales.scale[2 * b + 1]);
+    }
 }
 
-/* v with the bits of `mask` taken from `other`. */
-static inline __m512i with_bits(__m512i v, __m512i other, int mask)
+/* Half a block: 8 bytes of the low and high nibbles of sixteen weights, and 8 of the next. */
+ALWAYS_INLINE void nvfp4_raw(const uint8_t *p, size_t stride, int unit,
+                             const struct scattered *from, const struct room *room,
+                             __m512i raw[RAW_VECTORS])
 {
-    return _mm512_ternarylogic_epi64(v, other, _mm512_set1_epi8((char)mask), 0xf8);
+    (void)from, (void)room;
+    turn_16(p + 36 * (unit / 2) + 4 + 16 * (unit % 2), stride, raw);
 }
 
-static inline void load_q5_k(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE __m512i nvfp4_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
-    const struct v4_block_q5_k *block = (const void *)p;
-    k_codes(block->qs, half, c);
-    c->lo = with_bits(c->lo, lane_bits(block->qh, 4 * half, 1, 4), 16);
-    c->hi = with_bits(c->hi, lane_bits(block->qh + 16, 4 * half, 1, 4), 16);
-    k_scales(block->d, block->scales, half, c);
+    (void)k;
+    const __m512i four = raw[j / 4 * 2 + j % 2];
+    return look_up(e2m1_table, j % 4 < 2 ? low_nibbles(four) : high_nibbles(four));
 }
 
-/* Eight integers times d, those with an even index first. */
-static inline void pair_scales(const uint8_t *d, __m256i integers, struct chunk *c)
+/* ---- blocks of 256 --------------------------------------------------------------------------- */
+
+ALWAYS_INLINE void no_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
 {
-    const __m256 products = _mm256_mul_ps(half_in_lanes(d), _mm256_cvtepi32_ps(integers));
-    const __m256i sorted = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    const __m256 scales = _mm256_permutevar8x32_ps(products, sorted);
-    c->scale[0] = _mm256_castps256_ps128(scales);
-    c->scale[1] = _mm256_extractf128_ps(scales, 1);
+    (void)p, (void)stride, (void)groups, (void)to;
 }
 
-static inline __m128i load_u64(const uint8_t *p)
+/* Four groups from g: their s and m are the bytes of a word. */
+ALWAYS_INLINE void k_four_groups(__m512 d, __m512 dmin, __m512i s, __m512i m, int g,
+                                 struct scales *to)
 {
-    return _mm_loadl_epi64((const __m128i *)(const void *)p);
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        _mm512_store_ps(to->scale[g + i][0], times(d, field(s, 8 * i, 8)));
+        _mm512_store_ps(to->min[g + i][0], times(dmin, field(m, 8 * i, 8)));
+    }
 }
 
-static inline void load_q6_k(const uint8_t *p, int half, struct chunk *c)
+/* Also of Q5_K: see v4_k_scale_min. */
+ALWAYS_INLINE void q4_k_scales(const uint8_t *p, size_t stride, int groups,
+                               const struct scattered *from, struct room *to)
 {
-    const struct v4_block_q6_k *block = (const void *)p;
-    const __m512i codes = _mm512_loadu_si512(block->ql + 64 * half);
-    const __m512i low = low_nibbles(codes), high = high_nibbles(codes);
-    const uint8_t *qh = block->qh + 32 * half;
-    c->lo = with_bits(even_lanes(low, high), lane_bits(qh, 0, 2, 4), 48);
-    c->hi = with_bits(odd_lanes(low, high), lane_bits(qh + 16, 0, 2, 4), 48);
-    const uint8_t *scales = (const uint8_t *)block->scales + 8 * half;
-    pair_scales(block->d, _mm256_cvtepi8_epi32(load_u64(scales)), c);
+    (void)groups, (void)from;
+    __m512i v[4];
+    turn_16(p, stride, v);
+    const __m512 d = low_halves(v[0]), dmin = high_halves(v[0]);
+    const __m512i six = _mm512_set1_epi8(63), four = _mm512_set1_epi8(15);
+    k_four_groups(d, dmin, _mm512_and_si512(v[1], six), _mm512_and_si512(v[2], six), 0,
+                  &to->scales);
+    const __m512i s = with_bits(_mm512_and_si512(v[3], four), _mm512_srli_epi32(v[1], 2), 0x30);
+    const __m512i m = with_bits(_mm512_and_si512(_mm512_srli_epi32(v[3], 4), four),
+                                _mm512_srli_epi32(v[2], 2), 0x30);
+    k_four_groups(d, dmin, s, m, 4, &to->scales);
 }
 
-static inline void load_q2_k(const uint8_t *p, int half, struct chunk *c)
+#define q4_k_scatter no_scatter
+
+/* Two groups: the low and the high nibbles of 32 bytes. */
+ALWAYS_INLINE void q4_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
 {
-    const struct v4_block_q2_k *block = (const void *)p;
-    const uint8_t *qs = block->qs + 32 * half;
-    c->lo = _mm512_and_si512(lane_bits(qs, 0, 2, 0), _mm512_set1_epi8(3));
-    c->hi = _mm512_and_si512(lane_bits(qs + 16, 0, 2, 0), _mm512_set1_epi8(3));
-    const __m256i both = _mm256_cvtepu8_epi32(load_u64(block->scales + 8 * half));
-    pair_scales(block->dmin, _mm256_srli_epi32(both, 4), c);
-    c->min[0] = c->scale[0];
-    c->min[1] = c->scale[1];
-    pair_scales(block->d, _mm256_and_si256(both, _mm256_set1_epi32(15)), c);
+    (void)from, (void)room;
+    turn_32(p + 16 + 32 * unit, stride, raw);
 }
 
-static inline void load_q3_k(const uint8_t *p, int half, struct chunk *c)
+ALWAYS_INLINE __m512i q4_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
-    const struct v4_block_q3_k *block = (const void *)p;
-    const uint8_t *qs = block->qs + 32 * half;
-    const __m512i lo = _mm512_and_si512(lane_bits(qs, 0, 2, 0), _mm512_set1_epi8(3));
-    const __m512i hi = _mm512_and_si512(lane_bits(qs + 16, 0, 2, 0), _mm512_set1_epi8(3));
-    c->lo = with_bits(lo, lane_bits(block->hmask, 4 * half, 1, 2), 4);
-    c->hi = with_bits(hi, lane_bits(block->hmask + 16, 4 * half, 1, 2), 4);
-    /* Eight low nibbles, and two bits for each of four, which serve groups g and g + 4 of the
-     * half. */
-    const __m256i low = _mm256_and_si256(
-        _mm256_srli_epi32(_mm256_cvtepu8_epi32(load_u64(block->scales)), 4 * half),
-        _mm256_set1_epi32(15));
-    const __m256i upper =
-        _mm256_broadcastsi128_si256(_mm_cvtepu8_epi32(load_u32(block->scales + 8)));
-    const __m256i shift = _mm256_add_epi32(_mm256_set1_epi32(4 * half),
-                                           _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2));
-    const __m256i high = _mm256_and_si256(_mm256_srlv_epi32(upper, shift), _mm256_set1_epi32(3));
-    const __m256i s = _mm256_or_si256(low, _mm256_slli_epi32(high, 4));
-    pair_scales(block->d, _mm256_sub_epi32(s, _mm256_set1_epi32(32)), c);
+    return k ? high_nibbles(raw[j]) : low_nibbles(raw[j]);
+}
+
+#define q5_k_scatter no_scatter
+#define q5_k_scales q4_k_scales
+
+/* The fifth bits are raw[8..16], the unit's lowest two bits at first. */
+ALWAYS_INLINE void q5_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_32(p + 48 + 32 * unit, stride, raw);
+    turn_32(p + 16, stride, raw + 8);
+    raw[16] = _mm512_set1_epi8((char)(1 << (2 * unit)));
+    raw[17] = _mm512_set1_epi8((char)(2 << (2 * unit)));
+}
+
+ALWAYS_INLINE __m512i q5_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
+{
+    return add_where(q4_k_code(raw, k, j), raw[8 + j], raw[16 + k], 16);
+}
+
+/* The signed bytes of four words, a scale each, times d: pairs 0 and 1 of eight groups. */
+ALWAYS_INLINE void set_byte_scales(__m512 d, const __m512i words[4], float to[CHUNK_GROUPS][2][LANES])
+{
+    UNROLL
+    for (int g = 0; g < CHUNK_GROUPS; g++) {
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+            const int at = 2 * g + i;
+            const __m512i up = _mm512_slli_epi32(words[at / 4], (unsigned)(24 - at % 4 * 8));
+            _mm512_store_ps(to[g][i], times(d, _mm512_srai_epi32(up, 24)));
+        }
+    }
+}
+
+#define q6_k_scatter no_scatter
+
+ALWAYS_INLINE void q6_k_scales(const uint8_t *p, size_t stride, int groups,
+                               const struct scattered *from, struct room *to)
+{
+    (void)groups, (void)from;
+    __m512i v[4], last[4];
+    turn_16(p + 192, stride, v);
+    turn_16(p + 194, stride, last);
+    set_byte_scales(high_halves(last[3]), v, to->scales.scale);
+}
+
+/* Four groups: nibbles of 64 bytes in raw[0..16], and two bits more for each in raw[16..24]. */
+ALWAYS_INLINE void q6_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_32(p + 64 * unit, stride, raw);
+    turn_32(p + 64 * unit + 32, stride, raw + 8);
+    turn_32(p + 128 + 32 * unit, stride, raw + 16);
+}
+
+ALWAYS_INLINE __m512i q6_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
+{
+    const __m512i low = raw[k % 2 * 8 + j];
+    const __m512i four = k < 2 ? low_nibbles(low) : high_nibbles(low);
+    return with_bits(four, shifted(raw[16 + j], 4 - 2 * k), 0x30);
+}
+
+#define q2_k_scatter no_scatter
+
+ALWAYS_INLINE void q2_k_scales(const uint8_t *p, size_t stride, int groups,
+                               const struct scattered *from, struct room *to)
+{
+    (void)groups, (void)from;
+    __m512i v[4], last[4], m[4];
+    turn_16(p, stride, v);
+    turn_16(p + 68, stride, last);
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        m[i] = high_nibbles(v[i]);
+        v[i] = low_nibbles(v[i]);
+    }
+    set_byte_scales(low_halves(last[3]), v, to->scales.scale);
+    set_byte_scales(high_halves(last[3]), m, to->scales.min);
+}
+
+/* Four groups: two bits each of 32 bytes. */
+ALWAYS_INLINE void q2_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_32(p + 16 + 32 * unit, stride, raw);
+}
+
+ALWAYS_INLINE __m512i q2_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
+{
+    return _mm512_and_si512(shifted(raw[j], -2 * k), _mm512_set1_epi8(3));
+}
+
+#define q3_k_scatter no_scatter
+
+/* The last sixteen bytes are two of codes, twelve of scales and d. */
+ALWAYS_INLINE void q3_k_scales(const uint8_t *p, size_t stride, int groups,
+                               const struct scattered *from, struct room *to)
+{
+    (void)groups, (void)from;
+    __m512i v[4], s[4], words[3];
+    turn_16(p + 94, stride, v);
+    UNROLL
+    for (int i = 0; i < 3; i++) {
+        words[i] = _mm512_or_si512(_mm512_srli_epi32(v[i], 16), _mm512_slli_epi32(v[i + 1], 16));
+    }
+    const __m512i bias = _mm512_set1_epi8(32);
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m512i low = i < 2 ? low_nibbles(words[i]) : high_nibbles(words[i - 2]);
+        s[i] = _mm512_sub_epi8(with_bits(low, shifted(words[2], 4 - 2 * i), 0x30), bias);
+    }
+    set_byte_scales(high_halves(v[3]), s, to->scales.scale);
+}
+
+/* Four groups, as Q2_K, and the third bits in raw[8..16]. */
+ALWAYS_INLINE void q3_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
+                            const struct room *room, __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_32(p + 32 + 32 * unit, stride, raw);
+    turn_32(p, stride, raw + 8);
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+        raw[16 + k] = _mm512_set1_epi8((char)(1 << (4 * unit + k)));
+    }
+}
+
+ALWAYS_INLINE __m512i q3_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
+{
+    return add_where(q2_k_code(raw, k, j), raw[8 + j], raw[16 + k], 4);
+}
+
+#define iq4_xs_scatter no_scatter
+
+ALWAYS_INLINE void iq4_xs_scales(const uint8_t *p, size_t stride, int groups,
+                                 const struct scattered *from, struct room *to)
+{
+    (void)groups, (void)from;
+    __m512i v[4];
+    turn_16(p, stride, v);
+    const __m512 d = low_halves(v[0]);
+    UNROLL
+    for (int g = 0; g < CHUNK_GROUPS; g++) {
+        const __m512i low = field(v[1], 4 * g, 4), high = field(v[0], 16 + 2 * g, 2);
+        const __m512i s = _mm512_or_si512(low, _mm512_slli_epi32(high, 4));
+        const __m512 scale = times(d, _mm512_sub_epi32(s, _mm512_set1_epi32(32)));
+        _mm512_store_ps(to->scales.scale[g][0], scale);
+    }
+}
+
+ALWAYS_INLINE void iq4_xs_raw(const uint8_t *p, size_t stride, int unit,
+                              const struct scattered *from, const struct room *room,
+                              __m512i raw[RAW_VECTORS])
+{
+    (void)from, (void)room;
+    turn_16(p + 8 + 16 * unit, stride, raw);
+}
+
+#define iq4_xs_code iq4_nl_code
+
+/* ---- the rest -------------------------------------------------------------------------------- */
+
+/* Formats whose weights come from large tables go through decode_i8, a block a row. */
+#define DECODED(name, group)                                                                          static __attribute__((noinline)) void name##_scales(const uint8_t *p, size_t stride,                                                                  int groups, const struct scattered *from,                                                         struct room *to)                              {                                                                                                     (void)groups, (void)from;                                                                         for (int r = 0; r < LANES; r++, p += stride) {                                                        float scale[V4_MAX_BLOCK_LEN / 16], min[V4_MAX_BLOCK_LEN / 16];                                   v4_##name##_decode_i8((const void *)p, to->decoded.q[r], scale, min);                             for (int g = 0; g < V4_MAX_BLOCK_LEN / (group); g++) {                                                const int at = g * (group) / 16;                                                                  to->scales.scale[at / 2][at % 2][r] = scale[g];                                               }                                                                                             }                                                                                             }
+
+ALWAYS_INLINE void decoded_raw(const uint8_t *p, size_t stride, int unit,
+                               const struct scattered *from, const struct room *room,
+                               __m512i raw[RAW_VECTORS])
+{
+    (void)p, (void)stride, (void)from;
+    turn_32((const uint8_t *)room->decoded.q[0] + 32 * unit, V4_MAX_BLOCK_LEN, raw);
 }
 
 #endif

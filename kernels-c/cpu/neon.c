@@ -22,13 +22,22 @@ struct format {
     int len, bytes, pairs, mins;
 };
 
-/* One scale group's part of four rows' products, before the activations' scale. */
-ALWAYS_INLINE float32x4_t add_scaled(int first, float32x4_t before, int32x4_t dot,
-                                     float32x4_t scale, float32x4_t min, int32_t sum, int mins)
+/* Adds a group's part of four rows' products, rounded as v4.h says.
+ *   dot, scale, min, sum  one, or a pair */
+ALWAYS_INLINE float32x4_t add_scaled(float32x4_t acc, const int32x4_t *dot,
+                                     const float32x4_t *scale, const float32x4_t *min,
+                                     const int16_t *sum, float d, int pairs, int mins)
 {
-    const float32x4_t part = vmulq_f32(vcvtq_f32_s32(dot), scale);
-    const float32x4_t product = first ? part : vaddq_f32(before, part);
-    return mins ? vsubq_f32(product, vmulq_n_f32(min, (float)sum)) : product;
+    UNROLL
+    for (int p = 0; p <= pairs; p++) {
+        float32x4_t v = vmulq_f32(vcvtq_f32_s32(dot[p]), scale[p]);
+        if (mins) {
+            const float total = (float)(pairs ? sum[p] : sum[0] + sum[1]);
+            v = vfmsq_f32(v, min[p], vdupq_n_f32(total));
+        }
+        acc = vfmaq_f32(acc, v, vdupq_n_f32(d));
+    }
+    return acc;
 }
 
 /* ---- products straight from blocks ----------------------------------------------------------- */
@@ -56,7 +65,12 @@ ALWAYS_INLINE void gemv_group(struct quad *b, int k, const struct v4_act *x, siz
                               size_t g, struct format f, float32x4_t *acc)
 {
     const int32x4_t zero = vdupq_n_s32(0);
-    const float32x4_t none = vdupq_n_f32(0);
+    float32x4_t scale[2], min[2];
+    UNROLL
+    for (int p = 0; p <= f.pairs; p++) {
+        scale[p] = of_rows(b->scale, (1 + f.pairs) * k + p);
+        min[p] = f.mins ? of_rows(b->min, (1 + f.pairs) * k + p) : scale[p];
+    }
     UNROLL
     for (int t = 0; t < n; t++) {
         const size_t at = (first + (size_t)t) * (x->cols / V4_ACT_GROUP) + g;
@@ -69,17 +83,8 @@ ALWAYS_INLINE void gemv_group(struct quad *b, int k, const struct v4_act *x, siz
             dot[0][r] = vdotq_s32(zero, vld1q_s8(w), lo);
             dot[1][r] = vdotq_s32(f.pairs ? zero : dot[0][r], vld1q_s8(w + 16), hi);
         }
-        float32x4_t product = none;
-        UNROLL
-        for (int p = 0; p <= f.pairs; p++) {
-            const int i = (1 + f.pairs) * k + p;
-            const int32_t sum = f.pairs ? x->sum[2 * at + (size_t)p]
-                                        : x->sum[2 * at] + x->sum[2 * at + 1];
-            const float32x4_t min = f.mins ? of_rows(b->min, i) : none;
-            product = add_scaled(p == 0, product, sum_rows(dot[f.pairs ? p : 1]),
-                                 of_rows(b->scale, i), min, sum, f.mins);
-        }
-        acc[t] = vaddq_f32(acc[t], vmulq_n_f32(product, x->d[at]));
+        const int32x4_t dots[2] = {sum_rows(dot[1 - f.pairs]), sum_rows(dot[1])};
+        acc[t] = add_scaled(acc[t], dots, scale, min, x->sum + 2 * at, x->d[at], f.pairs, f.mins);
     }
 }
 
@@ -188,7 +193,12 @@ ALWAYS_INLINE void quad_group(const uint8_t *group, size_t quad, const struct v4
     const float *scale = (const float *)(const void *)(group + V4_PANEL_ROWS * V4_ACT_GROUP) +
                          quad * QUAD;
     const float *min = scale + (1 + pairs) * V4_PANEL_ROWS;
-    const float32x4_t none = vdupq_n_f32(0);
+    float32x4_t scale4[2], min4[2];
+    UNROLL
+    for (int p = 0; p <= pairs; p++) {
+        scale4[p] = vld1q_f32(scale + p * V4_PANEL_ROWS);
+        min4[p] = mins ? vld1q_f32(min + p * V4_PANEL_ROWS) : scale4[p];
+    }
     UNROLL
     for (int t = 0; t < n; t++) {
         const size_t at = (first + (size_t)t) * (x->cols / V4_ACT_GROUP) + g;
@@ -196,16 +206,8 @@ ALWAYS_INLINE void quad_group(const uint8_t *group, size_t quad, const struct v4
         dot[0] = dot_half(vdupq_n_s32(0), codes, vld1q_s8(x->q + at * V4_ACT_GROUP));
         dot[1] = dot_half(pairs ? vdupq_n_s32(0) : dot[0], codes + QUAD_BYTES / 2,
                           vld1q_s8(x->q + at * V4_ACT_GROUP + 16));
-        float32x4_t product = none;
-        UNROLL
-        for (int p = 0; p <= pairs; p++) {
-            const int32_t sum = pairs ? x->sum[2 * at + (size_t)p]
-                                      : x->sum[2 * at] + x->sum[2 * at + 1];
-            const float32x4_t less = mins ? vld1q_f32(min + p * V4_PANEL_ROWS) : none;
-            product = add_scaled(p == 0, product, dot[pairs ? p : 1],
-                                 vld1q_f32(scale + p * V4_PANEL_ROWS), less, sum, mins);
-        }
-        acc[t] = vaddq_f32(acc[t], vmulq_n_f32(product, x->d[at]));
+        const int32x4_t dots[2] = {dot[1 - pairs], dot[1]};
+        acc[t] = add_scaled(acc[t], dots, scale4, min4, x->sum + 2 * at, x->d[at], pairs, mins);
     }
 }
 

@@ -38,27 +38,26 @@ static int32_t dot_i8(const int8_t *a, const int8_t *b, size_t n)
     return sum;
 }
 
-/* What the 32 weights from `at` of a row give with token t, rounded as v4.h says.
+/* Adds to `acc` what the 32 weights from `at` of a row give with token t, rounded as v4.h says.
  *   q      [V4_ACT_GROUP]
  *   scale  [V4_ACT_GROUP / group]
  *   min    the same, or NULL for a format without */
-static float group_product(const struct v4_act *x, size_t t, size_t at, size_t group,
-                           const int8_t *q, const float *scale, const float *min)
+static float add_group(float acc, const struct v4_act *x, size_t t, size_t at, size_t group,
+                       const int8_t *q, const float *scale, const float *min)
 {
     const size_t i = t * x->cols + at;
-    float product = 0;
     for (size_t g = 0; g < V4_ACT_GROUP / group; g++) {
-        const float part = (float)dot_i8(q + g * group, x->q + i + g * group, group) * scale[g];
-        product = g == 0 ? part : product + part;
+        float v = (float)dot_i8(q + g * group, x->q + i + g * group, group) * scale[g];
         if (min) {
             int32_t sum = 0;
             for (size_t k = 0; k < group; k += V4_SUM_GROUP) {
                 sum += x->sum[(i + g * group + k) / V4_SUM_GROUP];
             }
-            product -= min[g] * (float)sum;
+            v = fmaf(-min[g], (float)sum, v);
         }
+        acc = fmaf(v, x->d[i / V4_ACT_GROUP], acc);
     }
-    return product * x->d[i / V4_ACT_GROUP];
+    return acc;
 }
 
 /* The three slots of a block format. A panel is [V4_PANEL_ROWS][cols] int8, then the scales, then
@@ -85,8 +84,8 @@ static float group_product(const struct v4_act *x, size_t t, size_t at, size_t g
                 for (size_t t = 0; t < x->n_tokens; t++) {                                        \
                     for (size_t k = 0; k < (len); k += V4_ACT_GROUP) {                            \
                         const size_t g = k / (group);                                             \
-                        acc[t] += group_product(x, t, i + k, group, q + k, scale + g,             \
-                                                (has_min) ? min + g : 0);                         \
+                        acc[t] = add_group(acc[t], x, t, i + k, group, q + k, scale + g,          \
+                                           (has_min) ? min + g : 0);                              \
                     }                                                                             \
                 }                                                                                 \
             }                                                                                     \
@@ -165,8 +164,8 @@ static void gemm_i8(uint32_t quant, const void *panel, size_t rows, const struct
             float acc = 0;
             for (size_t k = 0; k < x->cols; k += V4_ACT_GROUP) {
                 const size_t at = r * x->cols + k;
-                acc += group_product(x, t, k, group, q + at, scale + at / group,
-                                     info->has_min ? min + at / group : 0);
+                acc = add_group(acc, x, t, k, group, q + at, scale + at / group,
+                                info->has_min ? min + at / group : 0);
             }
             out[t * out_stride + r] = acc;
         }

@@ -86,11 +86,10 @@ typedef void v4_dequant_row_fn(const void *w, size_t cols, float *out);
  * depend on the other rows nor on the other tokens.
  *
  * For blocks every entry, here and in gemm_i8, rounds alike, so that all give the same bits: for
- * each group of V4_ACT_GROUP activations in order,
- *     v = dot0 * scale0 [- min0 * sum0] [+ dot1 * scale1 [- min1 * sum1]]   from left to right,
- *     acc = acc + v * d
- * with dot and sum the exact integers as floats, and no operation fused (-ffp-contract=off).
- * Weights are decode_i8's q, scale and min; a group of 16 has the second pair.
+ * each scale group of a row in order,
+ *     v = dot * scale   [v = fma(-min, sum, v)]   acc = fma(v, d, acc)
+ * with dot and sum the exact integers as floats, and fma rounding once. Weights are decode_i8's q,
+ * scale and min; d is the scale of the activations that the group falls in.
  *   w    [rows] rows, row_bytes apart
  *   out  [n_tokens][rows], token rows out_stride floats apart */
 typedef void v4_gemv_fn(const void *w, size_t row_bytes, size_t rows, const struct v4_act *x,
