@@ -210,9 +210,14 @@ enum v4_status v4_isa_open(size_t i, struct v4_isa *out);
  *   x  [n], n a multiple of 64 */
 uint64_t v4_probe_read(const uint64_t *x, size_t n);
 
-/* For measurements: rounds of int8 products and sums in registers, as many at a time as this
- * processor makes. Gives how many it made.
+/* What v4_probe_multiply multiplies: int8 into int32, bfloat16 into single precision, single
+ * precision. */
+enum v4_probe { V4_PROBE_INT8 = 0, V4_PROBE_BF16 = 1, V4_PROBE_F32 = 2 };
+
+/* For measurements: rounds of products and sums in registers, as many at a time as this processor
+ * makes. Gives how many it made, a product and a sum counted as two; 0 where the processor has no
+ * instruction for them.
  *   sink  [1] read and written, so that none is left out */
-uint64_t v4_probe_multiply(uint64_t rounds, int32_t *sink);
+uint64_t v4_probe_multiply(enum v4_probe kind, uint64_t rounds, int32_t *sink);
 
 #endif

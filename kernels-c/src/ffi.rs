@@ -115,6 +115,12 @@ unsafe extern "C" {
 unsafe extern "C" {
     pub fn v4_probe_read (x : * const u64 , n : usize) -> u64 ;
 }
+impl v4_probe {
+    pub const PROBE_INT8 : v4_probe = v4_probe (0) ;
+    pub const PROBE_BF16 : v4_probe = v4_probe (1) ;
+    pub const PROBE_F32 : v4_probe = v4_probe (2) ;
+}
+# [repr (transparent)] # [derive (Debug , Copy , Clone , Hash , PartialEq , Eq)] pub struct v4_probe (pub :: core :: ffi :: c_uint) ;
 unsafe extern "C" {
-    pub fn v4_probe_multiply (rounds : u64 , sink : * mut i32) -> u64 ;
+    pub fn v4_probe_multiply (kind : v4_probe , rounds : u64 , sink : * mut i32) -> u64 ;
 }

@@ -5,9 +5,10 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use v4_engine::format::safetensors;
-use v4_engine::model::{Alone, Model};
-use v4_kernels::{Cpu, Map, cpu::CpuOptions};
-use v4_proto::ModelFiles;
+use v4_engine::model::Alone;
+use v4_kernels::Map;
+
+use crate::device::DeviceArgs;
 
 /// Write the float32 logits [tokens, vocabulary] of token ids.
 #[derive(Debug, clap::Args)]
@@ -26,36 +27,6 @@ pub struct Args {
     steps: bool,
     #[command(flatten)]
     device: DeviceArgs,
-}
-
-/// What to compute with.
-#[derive(Debug, Clone, clap::Args)]
-pub struct DeviceArgs {
-    /// Threads; 0 is a thread a core.
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
-    /// An instruction set instead of the best one of this machine.
-    #[arg(long)]
-    isa: Option<String>,
-}
-
-impl DeviceArgs {
-    /// Threads, counted.
-    pub fn threads(&self) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        if self.threads == 0 { cores() } else { self.threads }
-    }
-
-    /// Opens a model on the device.
-    ///
-    /// # Errors
-    /// A sentence.
-    pub fn open(&self, file: &Path) -> Result<Model, String> {
-        let files = ModelFiles { weights: vec![file.to_owned()], chat_template: None };
-        let options = CpuOptions { threads: self.threads, isa: self.isa.clone() };
-        let cpu = Cpu::open(&options).map_err(|error| error.to_string())?;
-        Model::open(&files, Box::new(cpu), &mut |_, _, _| {}).map_err(|error| error.to_string())
-    }
 }
 
 /// Runs the ids and writes their logits.

@@ -17,6 +17,7 @@
 mod bench;
 mod bindings;
 mod ci;
+mod device;
 mod golden;
 mod logits;
 

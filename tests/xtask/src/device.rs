@@ -1,0 +1,55 @@
+//! What the tasks compute with.
+
+use std::path::Path;
+
+use v4_engine::model::Model;
+use v4_kernels::{Cpu, Device, cpu::CpuOptions};
+use v4_proto::ModelFiles;
+
+/// What to compute with.
+#[derive(Debug, Clone, clap::Args)]
+pub struct DeviceArgs {
+    /// Threads; 0 is a thread a core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// An instruction set instead of the best one of this machine.
+    #[arg(long)]
+    isa: Option<String>,
+}
+
+impl DeviceArgs {
+    /// Threads, counted.
+    pub fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        if self.threads == 0 { cores() } else { self.threads }
+    }
+
+    /// The same with another number of threads.
+    pub fn with_threads(&self, threads: usize) -> Self {
+        Self { threads, isa: self.isa.clone() }
+    }
+
+    /// Starts the device.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn start(&self) -> Result<Box<dyn Device>, String> {
+        let options = CpuOptions { threads: self.threads, isa: self.isa.clone() };
+        let cpu = Cpu::open(&options).map_err(|error| error.to_string())?;
+        Ok(Box::new(cpu))
+    }
+
+    /// Opens a model on the device.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn open(&self, file: &Path) -> Result<Model, String> {
+        Model::open(&files(file), self.start()?, &mut |_, _, _| {})
+            .map_err(|error| error.to_string())
+    }
+}
+
+/// A model of one file or folder.
+pub fn files(file: &Path) -> ModelFiles {
+    ModelFiles { weights: vec![file.to_owned()], chat_template: None }
+}
