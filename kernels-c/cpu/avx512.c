@@ -207,20 +207,41 @@ ALWAYS_INLINE void multiply_group(const __m512i raw[RAW_VECTORS], const struct s
     }
 }
 
-/* Sixteen rows that are read side by side are more streams than the processor foresees. So while
- * one tile of them is used the next one is fetched, in the order in which it lies in memory. */
-ALWAYS_INLINE const uint8_t *fetch(const uint8_t *from, size_t bytes)
+/* How far ahead of its use a chunk is fetched, in chunks: far enough for memory, near enough that it
+ * is still in the second cache. */
+enum { FETCH_AHEAD = 4, LINE = 64 };
+
+/* Sixteen rows that are read side by side are more streams than the processor foresees well. So the
+ * chunk that comes FETCH_AHEAD after the one of the groups from `first` is fetched, where a row ends
+ * in the next sixteen rows; beyond the matrix lies what is likely used next, and to fetch what does
+ * not exist does no harm. Gives where its first row is. */
+ALWAYS_INLINE const uint8_t *find_ahead(const struct rows *rows, size_t groups, size_t first,
+                                        struct format f)
 {
-    for (size_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch((const char *)from + i, _MM_HINT_T1);
+    const size_t chunks = (groups + CHUNK_GROUPS - 1) / CHUNK_GROUPS;
+    const size_t chunk_bytes = (size_t)(CHUNK_GROUPS / f.block_groups * f.block_bytes);
+    const uint8_t *start = rows->start;
+    size_t chunk = first / CHUNK_GROUPS + FETCH_AHEAD;
+    for (; chunk >= chunks; chunk -= chunks) {
+        start += LANES * rows->stride;
     }
-    return from + bytes;
+    return start + chunk * chunk_bytes;
 }
 
-/* Sixteen rows with the tokens of x, as if they were n; meanwhile fetches as many bytes from `next`,
- * if it is not NULL. */
-ALWAYS_INLINE void gemv_tile(const struct rows *rows, const uint8_t *next, const struct v4_act *x,
-                             int n, struct format f, float *out, size_t out_stride)
+/* Fetches `bytes` bytes of n rows; gives the row after them. */
+ALWAYS_INLINE const uint8_t *fetch(const uint8_t *from, size_t stride, int n, size_t bytes)
+{
+    for (int r = 0; r < n; r++, from += stride) {
+        for (size_t i = 0; i < bytes; i += LINE) {
+            _mm_prefetch((const char *)from + i, _MM_HINT_T1);
+        }
+    }
+    return from;
+}
+
+/* Sixteen rows with the tokens of x, as if they were n. */
+ALWAYS_INLINE void gemv_tile(const struct rows *rows, const struct v4_act *x, int n, struct format f,
+                             float *out, size_t out_stride)
 {
     const size_t groups = x->cols / V4_ACT_GROUP;
     struct walk walk;
@@ -237,9 +258,7 @@ ALWAYS_INLINE void gemv_tile(const struct rows *rows, const uint8_t *next, const
     for (size_t first = 0; first < groups; first += CHUNK_GROUPS) {
         struct sums sums[V4_GEMV_TOKENS];
         const struct chunk c = open_chunk(rows, groups, first, f, &walk);
-        if (next) {
-            next = fetch(next, LANES * (size_t)(c.groups / f.block_groups * f.block_bytes));
-        }
+        const uint8_t *ahead = find_ahead(rows, groups, first, f);
         UNROLL
         for (int t = 0; t < n; t++) {
             find_sums(tokens[t].sum + 2 * first, c.groups, f, &sums[t]);
@@ -247,6 +266,8 @@ ALWAYS_INLINE void gemv_tile(const struct rows *rows, const uint8_t *next, const
         ROLLED
         for (int unit = 0; unit < c.groups / f.unit; unit++) {
             __m512i raw[RAW_VECTORS];
+            ahead = fetch(ahead, rows->stride, LANES * f.unit / CHUNK_GROUPS,
+                          (size_t)(CHUNK_GROUPS / f.block_groups * f.block_bytes));
             f.raw(c.at, c.stride, unit, c.scattered, &walk.room, raw);
             UNROLL
             for (int k = 0; k < f.unit; k++) {
@@ -271,18 +292,14 @@ ALWAYS_INLINE void gemv_blocks(const void *w, size_t row_bytes, size_t n_rows,
         const size_t left = n_rows - r;
         const uint8_t *from = (const uint8_t *)w + r * row_bytes;
         const struct rows rows = {from, row_bytes, left < LANES ? left : LANES};
-        if (r == 0) {
-            fetch(from, rows.n * row_bytes);
-        }
-        const uint8_t *next = left >= 2 * LANES ? from + LANES * row_bytes : NULL;
         if (x->n_tokens > 4) {
-            gemv_tile(&rows, next, x, 8, f, out + r, out_stride);
+            gemv_tile(&rows, x, 8, f, out + r, out_stride);
         } else if (x->n_tokens > 2) {
-            gemv_tile(&rows, next, x, 4, f, out + r, out_stride);
+            gemv_tile(&rows, x, 4, f, out + r, out_stride);
         } else if (x->n_tokens == 2) {
-            gemv_tile(&rows, next, x, 2, f, out + r, out_stride);
+            gemv_tile(&rows, x, 2, f, out + r, out_stride);
         } else {
-            gemv_tile(&rows, next, x, 1, f, out + r, out_stride);
+            gemv_tile(&rows, x, 1, f, out + r, out_stride);
         }
     }
 }
