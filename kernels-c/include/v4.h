@@ -64,8 +64,8 @@ struct v4_quant_info {
     uint32_t has_min;
 };
 
-/* The input of products: n_tokens rows of cols values. `x` is set always; q, d and sum are what
- * `quantize` made of it and are set when the weights are blocks (group is not 0).
+/* The input of products: n_tokens rows of cols values. `x` is set when the weights are floats; q, d
+ * and sum are what `quantize` made of it and are set when they are blocks (group is not 0).
  * x[t][i] is about d[t][i / 32] * q[t][i]; |q| <= 127. */
 struct v4_act {
     const float *x;     /* [n_tokens][cols] */

@@ -4,14 +4,15 @@
 mod attention;
 #[cfg(test)]
 mod conformance;
+mod experts;
 mod isa;
 mod linear;
 mod memory;
 mod rotation;
 
 use crate::device::{
-    Activation, Attention, Buffer, Device, DeviceError, KvCache, KvShape, Linear, Matrix, Result,
-    Rope, Span,
+    Activation, Attention, Buffer, Device, DeviceError, Experts, KvCache, KvShape, Linear, Matrix,
+    Result, Rope, Router, Routing, Span,
 };
 use crate::pool::Pool;
 use isa::{Isa, Rows};
@@ -47,6 +48,7 @@ pub struct Cpu {
     pool: Pool,
     quantized: linear::Quantized,
     shares: linear::Shares,
+    mixture: experts::Mixture,
     plan: attention::Plan,
     angles: rotation::Angles,
 }
@@ -70,6 +72,7 @@ impl Cpu {
             pool,
             quantized: linear::Quantized::default(),
             shares: linear::Shares::default(),
+            mixture: experts::Mixture::default(),
             plan: attention::Plan::default(),
             angles: rotation::Angles::default(),
         })
@@ -198,6 +201,29 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn route(
+        &mut self,
+        router: &Router,
+        logits: &Buffer,
+        rows: usize,
+        routing: &mut Routing,
+    ) -> Result {
+        self.choose(router, logits, rows, routing);
+        Ok(())
+    }
+
+    fn experts(
+        &mut self,
+        experts: &Experts,
+        x: &Buffer,
+        rows: usize,
+        routing: &Routing,
+        out: &mut Buffer,
+    ) -> Result {
+        self.mix(experts, (x, rows), routing, out);
+        Ok(())
+    }
+
     fn rope(
         &mut self,
         rope: &Rope,
@@ -240,7 +266,7 @@ impl Device for Cpu {
 
     fn attention(
         &mut self,
-        attention: &Attention,
+        attention: &Attention<'_>,
         kv: (&KvCache, usize),
         q: &Buffer,
         spans: &[Span<'_>],

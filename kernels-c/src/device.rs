@@ -154,12 +154,75 @@ pub struct Linear<'a> {
 }
 
 /// The function of a gated feed-forward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
     Silu,
     /// `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
     GeluTanh,
+    /// `x / (1 + e^(-alpha x))` of the gate cut to at most `limit`, by one more than the other
+    /// factor cut to `-limit..=limit`.
+    ClampedSwish {
+        /// Of the gate.
+        alpha: f32,
+        /// Of both.
+        limit: f32,
+    },
+}
+
+/// One of the three products of all the experts of a layer.
+#[derive(Debug)]
+pub struct ExpertWeights {
+    /// `[out width, in width]` for each expert, all of one shape and format.
+    pub matrices: Vec<Matrix>,
+    /// `[experts, out width]`.
+    pub bias: Option<Buffer>,
+    /// Multiplies an expert's product before the bias, a number for each.
+    pub scales: Vec<f32>,
+}
+
+/// The experts of a layer (Shazeer et al. 2017), each a gated feed-forward:
+/// `down(activation(gate(x)) * up(x))`.
+#[derive(Debug)]
+pub struct Experts {
+    /// `[feed forward, in width]`.
+    pub gate: ExpertWeights,
+    /// `[feed forward, in width]`.
+    pub up: ExpertWeights,
+    /// `[in width, feed forward]`.
+    pub down: ExpertWeights,
+    /// Of the gate.
+    pub activation: Activation,
+}
+
+/// How a row's experts are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Router {
+    /// Experts there are.
+    pub n_experts: usize,
+    /// Experts that a row goes to.
+    pub n_used: usize,
+    /// Whether the weights of a row are a softmax over the experts chosen; else over all.
+    pub is_normalised: bool,
+}
+
+/// Which experts each row goes to, and with which weights. What a row's experts give is added up
+/// in the order of their numbers, whatever else is in the batch.
+#[derive(Debug, Default)]
+pub struct Routing {
+    /// Experts of a row.
+    pub(crate) n_used: usize,
+    /// `[rows, n_used]`, ascending within a row.
+    pub(crate) ids: Vec<u32>,
+    /// `[rows, n_used]`.
+    pub(crate) weights: Vec<f32>,
+}
+
+impl Routing {
+    /// The experts of all rows and their weights, both `[rows, n_used]`.
+    pub fn chosen(&self) -> (&[u32], &[f32]) {
+        (&self.ids, &self.weights)
+    }
 }
 
 /// Which values of a head rotate together.
@@ -197,8 +260,8 @@ pub struct Span<'a> {
 }
 
 /// The constants of an attention layer.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Attention {
+#[derive(Debug, Clone, Copy)]
+pub struct Attention<'a> {
     /// Query heads; a multiple of the KV heads.
     pub n_heads: usize,
     /// Multiplies query times key.
@@ -207,6 +270,9 @@ pub struct Attention {
     pub window: Option<usize>,
     /// `cap * tanh(score / cap)` before the softmax.
     pub soft_cap: Option<f32>,
+    /// `[n_heads]`: for each query head a score that joins its softmax and has no value (Xiao et
+    /// al. 2024).
+    pub sinks: Option<&'a Buffer>,
 }
 
 /// A device: where weights are read and activations live. An operation fails only as the device
@@ -267,6 +333,28 @@ pub trait Device: Send {
         len: usize,
     ) -> Result;
 
+    /// Chooses each row's experts: those of its `n_used` largest logits, `logits` being
+    /// `[rows, n_experts]`. Of equal logits the one of the lower number is larger.
+    fn route(
+        &mut self,
+        router: &Router,
+        logits: &Buffer,
+        rows: usize,
+        routing: &mut Routing,
+    ) -> Result;
+
+    /// What the chosen experts make of `x` `[rows, in width]`, times their weights, added up: into
+    /// `out` `[rows, in width]`. The result of a row does not depend on what else is in the batch,
+    /// nor on the thread count.
+    fn experts(
+        &mut self,
+        experts: &Experts,
+        x: &Buffer,
+        rows: usize,
+        routing: &Routing,
+        out: &mut Buffer,
+    ) -> Result;
+
     /// Rotates `x` `[positions, n_heads, head_dim]` in place; `heads` is (`n_heads`, `head_dim`).
     fn rope(
         &mut self,
@@ -292,7 +380,7 @@ pub trait Device: Send {
     /// the thread count.
     fn attention(
         &mut self,
-        attention: &Attention,
+        attention: &Attention<'_>,
         kv: (&KvCache, usize),
         q: &Buffer,
         spans: &[Span<'_>],

@@ -20,8 +20,8 @@ pub mod quant;
 
 pub use cpu::{Cpu, MAX_QUERY_GROUP};
 pub use device::{
-    Activation, Attention, Buffer, Device, DeviceError, KvCache, KvShape, KvType, Linear, Matrix,
-    Rope, RopeKind, Span,
+    Activation, Attention, Buffer, Device, DeviceError, ExpertWeights, Experts, KvCache, KvShape,
+    KvType, Linear, Matrix, Rope, RopeKind, Router, Routing, Span,
 };
 pub use map::{Bytes, Map};
 pub use quant::Quant;

@@ -6,7 +6,9 @@ use serde_json::{Map as JsonMap, Value as Json};
 use v4_kernels::{Bytes, Quant};
 use v4_proto::{Ability, Inspection, ModelFiles, ModelInfo, TensorInfo};
 
-use crate::format::{self, Array, File, Format, FormatError, Meta, Value, gguf, safetensors};
+use crate::format::{
+    self, Array, File, Format, FormatError, Meta, Tensor, Value, gguf, safetensors,
+};
 use crate::{Error, arch};
 
 const FILE_TYPE: &str = "general.file_type";
@@ -113,7 +115,7 @@ impl Header {
                 TensorInfo { name: tensor.name.clone(), ty: tensor.quant.to_string(), shape }
             })
             .collect();
-        let weight_bytes = file.tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
+        let weight_bytes = file.tensors.iter().map(Tensor::n_bytes).sum();
         let header = Self::new(file.format, file.meta.clone(), tensors)?;
         Ok(Self { weight_bytes, runs, ..header })
     }

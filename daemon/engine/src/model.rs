@@ -68,7 +68,8 @@ impl Model {
     /// [`Error`], naming what is wrong with the file.
     pub fn new(file: &File, mut device: Box<dyn Device>) -> Result<Self, Error> {
         let (arch, config) = arch::resolve(file)?;
-        let mut binder = Binder::new(file, &mut *device);
+        let tensors = arch.tensors(file)?;
+        let mut binder = Binder::new(file.format, &tensors, &mut *device);
         let decoder = Decoder::bind(config, &arch.names, &mut binder)?;
         binder.finish()?;
         let scratch = decoder.scratch(&*device, PASS_ROWS)?;
@@ -272,10 +273,12 @@ fn cut<'a>(span: &Span<'a>, first: usize, end: usize) -> Option<Span<'a>> {
 
 /// Brings all weights into memory, so that the first answer does not wait for the disk.
 fn populate(file: &File, progress: &mut dyn FnMut(Stage, u64, u64)) -> Result<(), Error> {
-    let total: u64 = file.tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
+    // Those that were put together are in memory of our own already.
+    let tensors = || file.tensors.iter().filter(|tensor| tensor.scales.is_none());
+    let total: u64 = tensors().map(Tensor::n_bytes).sum();
     let mut done = 0;
     progress(Stage::Weights, done, total);
-    for Tensor { bytes, .. } in &file.tensors {
+    for Tensor { bytes, .. } in tensors() {
         for start in (0..bytes.len()).step_by(POPULATE_BYTES) {
             let end = bytes.len().min(start + POPULATE_BYTES);
             let part = bytes.slice(start..end).expect("the range is cut to the tensor");

@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use v4_kernels::{Buffer, Device, Matrix, Quant, quant};
+use v4_kernels::{Buffer, Device, ExpertWeights, Matrix, Quant, quant};
 
 use crate::Error;
 use crate::arch::config::ROPE_FACTORS;
 use crate::arch::decoder::Name;
-use crate::format::{File, Format, Tensor};
+use crate::format::{Format, Tensor};
 use crate::layers::linear::Weight;
 
 /// Tensors that are read elsewhere or that no computation needs, by the end of their name.
@@ -19,6 +19,9 @@ const IGNORED: &[&str] = &[
     // The scale of a tensor's input, for products of FP4 by FP4; activations are int8 here.
     ".input_scale",
 ];
+
+/// Where a name has the number of an expert.
+const EXPERT: &str = "[]";
 
 /// The float types, whose rows may stand for a plain vector.
 const FLOATS: [Quant; 3] = [Quant::F32, Quant::F16, Quant::BF16];
@@ -33,21 +36,29 @@ pub(crate) struct Binder<'a> {
 
 impl<'a> Binder<'a> {
     /// For the tensors of a file, whose vectors are put on `device`.
-    pub fn new(file: &'a File, device: &'a mut dyn Device) -> Self {
-        let tensors = file.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        Self { format: file.format, tensors, bound: HashSet::new(), device }
+    pub fn new(format: Format, tensors: &'a [Tensor], device: &'a mut dyn Device) -> Self {
+        let tensors = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+        Self { format, tensors, bound: HashSet::new(), device }
+    }
+
+    /// A name in this format.
+    fn own<'n>(&self, name: &'n Name) -> &'n str {
+        match self.format {
+            Format::Gguf => name.gguf,
+            Format::Safetensors => name.hf,
+        }
     }
 
     fn full_name(&self, name: &Name, layer: usize, suffix: &str) -> String {
-        let name = match self.format {
-            Format::Gguf => name.gguf,
-            Format::Safetensors => name.hf,
-        };
-        format!("{}{suffix}", name.replace("{}", &layer.to_string()))
+        format!("{}{suffix}", self.own(name).replace("{}", &layer.to_string()))
     }
 
     fn find(&mut self, name: &Name, layer: usize, suffix: &str) -> Option<&'a Tensor> {
-        let found = *self.tensors.get(self.full_name(name, layer, suffix).as_str())?;
+        self.take(&self.full_name(name, layer, suffix))
+    }
+
+    fn take(&mut self, name: &str) -> Option<&'a Tensor> {
+        let found = *self.tensors.get(name)?;
         self.bound.insert(found.name.as_str());
         Some(found)
     }
@@ -82,12 +93,7 @@ impl<'a> Binder<'a> {
         [rows, cols]: [usize; 2],
     ) -> Result<Weight, Error> {
         let tensor = self.need(name, layer, ".weight")?;
-        let expected = [rows as u64, cols as u64];
-        if tensor.shape != expected {
-            return Err(shape_error(tensor, &expected));
-        }
-        let matrix = Matrix::new(tensor.quant, rows, cols, tensor.bytes.clone())
-            .ok_or_else(|| shape_error(tensor, &expected))?;
+        let matrix = matrix(tensor, rows, cols)?;
         let scale = match self.find(name, layer, ".scale") {
             Some(scale) => floats(scale, 1)?.first().copied().unwrap_or(1.0),
             None => 1.0,
@@ -105,6 +111,76 @@ impl<'a> Binder<'a> {
         let weight = self.weight(name, layer, shape)?;
         let bias = floats(self.need(name, layer, ".bias")?, shape[0])?;
         Ok(Weight { bias: Some(self.upload(&bias)?), ..weight })
+    }
+
+    /// A matrix `[rows, cols]` for each of `n` experts: one tensor `[n, rows, cols]`, or a tensor
+    /// each where the name has a place for the expert's number.
+    pub fn experts(
+        &mut self,
+        name: &Name,
+        layer: usize,
+        [n, rows, cols]: [usize; 3],
+    ) -> Result<ExpertWeights, Error> {
+        if self.own(name).contains(EXPERT) {
+            return self.experts_apart(name, layer, [n, rows, cols]);
+        }
+        let tensor = self.need(name, layer, ".weight")?;
+        let expected = [n as u64, rows as u64, cols as u64];
+        let blocks = tensor.blocks();
+        let matrix = |id: usize| {
+            let n_bytes = blocks.len() / n;
+            let bytes = blocks.slice(id * n_bytes..(id + 1) * n_bytes)?;
+            Matrix::new(tensor.quant, rows, cols, bytes)
+        };
+        let matrices: Option<Vec<_>> = (0..n).map(matrix).collect();
+        let matrices = matrices
+            .filter(|_| tensor.shape == expected)
+            .ok_or_else(|| shape_error(tensor, &expected))?;
+        let scales = match self.find(name, layer, ".scale") {
+            Some(scales) => floats(scales, n)?,
+            None => vec![1.0; n],
+        };
+        Ok(ExpertWeights { matrices, bias: None, scales })
+    }
+
+    fn experts_apart(
+        &mut self,
+        name: &Name,
+        layer: usize,
+        [n, rows, cols]: [usize; 3],
+    ) -> Result<ExpertWeights, Error> {
+        let (mut matrices, mut scales) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        for id in 0..n {
+            let number = id.to_string();
+            let of = |suffix: &str| self.full_name(name, layer, suffix).replace(EXPERT, &number);
+            let (weight, scale) = (of(".weight"), of(".scale"));
+            let Some(tensor) = self.take(&weight) else {
+                return Err(Error::MissingTensor { name: weight });
+            };
+            matrices.push(matrix(tensor, rows, cols)?);
+            scales.push(match self.take(&scale) {
+                Some(scale) => floats(scale, 1)?.first().copied().unwrap_or(1.0),
+                None => 1.0,
+            });
+        }
+        if matrices.windows(2).any(|two| two[0].quant() != two[1].quant()) {
+            let name = self.full_name(name, layer, ".weight");
+            return Err(Error::unsupported(format!("experts of different types ({name})")));
+        }
+        Ok(ExpertWeights { matrices, bias: None, scales })
+    }
+
+    /// [`Binder::experts`] of one tensor, with a bias `[n, rows]`.
+    pub fn biased_experts(
+        &mut self,
+        name: &Name,
+        layer: usize,
+        shape: [usize; 3],
+    ) -> Result<ExpertWeights, Error> {
+        let weights = self.experts(name, layer, shape)?;
+        let tensor = self.need(name, layer, ".bias")?;
+        let bias = floats_of(tensor, &[shape[0] as u64, shape[1] as u64])?;
+        Ok(ExpertWeights { bias: Some(self.upload(&bias)?), ..weights })
     }
 
     /// A vector of `len` floats, with `offset` added to each.
@@ -140,14 +216,30 @@ impl<'a> Binder<'a> {
     }
 }
 
+/// The matrix of a tensor `[rows, cols]`.
+fn matrix(tensor: &Tensor, rows: usize, cols: usize) -> Result<Matrix, Error> {
+    let expected = [rows as u64, cols as u64];
+    if tensor.shape != expected {
+        return Err(shape_error(tensor, &expected));
+    }
+    Matrix::new(tensor.quant, rows, cols, tensor.blocks())
+        .ok_or_else(|| shape_error(tensor, &expected))
+}
+
 /// The values of a vector of `len` floats. A scalar is a vector of one.
 pub(crate) fn floats(tensor: &Tensor, len: usize) -> Result<Vec<f32>, Error> {
     let is_scalar = len == 1 && tensor.shape.is_empty();
-    let has_shape = is_scalar || tensor.shape == [len as u64];
-    if !has_shape || !FLOATS.contains(&tensor.quant) {
-        return Err(shape_error(tensor, &[len as u64]));
+    let shape = [len as u64];
+    floats_of(tensor, if is_scalar { &[] } else { &shape })
+}
+
+/// The values of a tensor of floats of this shape.
+#[expect(clippy::cast_possible_truncation, reason = "the tensor's bytes are in memory")]
+fn floats_of(tensor: &Tensor, shape: &[u64]) -> Result<Vec<f32>, Error> {
+    if tensor.shape != shape || !FLOATS.contains(&tensor.quant) {
+        return Err(shape_error(tensor, shape));
     }
-    let mut values = vec![0.0; len];
+    let mut values = vec![0.0; shape.iter().product::<u64>() as usize];
     quant::dequantize(tensor.quant, tensor.bytes.as_slice(), &mut values);
     Ok(values)
 }

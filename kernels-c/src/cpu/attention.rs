@@ -25,7 +25,7 @@ const TILES: usize = 4;
 
 /// One layer's cache and what is done with it.
 struct Layer<'a> {
-    attention: Attention,
+    attention: Attention<'a>,
     shape: KvShape,
     n_blocks: usize,
     index: usize,
@@ -79,6 +79,14 @@ impl Layer<'_> {
     /// Query heads of a KV head.
     fn group(&self) -> usize {
         self.attention.n_heads / self.shape.n_kv_heads
+    }
+
+    /// The sinks of `kv_head`'s group, if there are any.
+    fn sinks(&self, kv_head: usize) -> &[f32] {
+        let group = self.group();
+        self.attention.sinks.map_or(&[][..], |Buffer::Host(sinks)| {
+            &sinks.floats()[kv_head * group..(kv_head + 1) * group]
+        })
     }
 
     /// Where the heads of `kv_head`'s group of one row lie in queries and results.
@@ -270,7 +278,7 @@ impl Batch<'_> {
             let out = unsafe { self.out.part(heads) };
             let max_sum = &state.max_sum[at * 2 * layer.group()..];
             let values = &state.values[at * width..][..width];
-            divide(values, max_sum, head_dim, out);
+            divide(values, max_sum, layer.sinks(share.kv_head), head_dim, out);
         }
     }
 
@@ -311,16 +319,19 @@ impl Batch<'_> {
                 let tile = &tile[query * width..][..width];
                 join(isa, &mut state, values, (tile[0], tile[1]), &tile[2..]);
             }
-            divide(values, &state, head_dim, out);
+            let sinks = layer.sinks(joint.kv_head).get(query..).unwrap_or_default();
+            divide(values, &state, sinks, head_dim, out);
         }
     }
 }
 
-/// `out = values / sum` for each query row.
-fn divide(values: &[f32], max_sum: &[f32], head_dim: usize, out: &mut [f32]) {
+/// `out = values / sum` for the query rows of one token, a sink being a score more in its row's
+/// sum.
+fn divide(values: &[f32], max_sum: &[f32], sinks: &[f32], head_dim: usize, out: &mut [f32]) {
     let rows = values.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
-    for ((values, out), state) in rows.zip(max_sum.chunks_exact(2)) {
-        let factor = 1.0 / state[1];
+    for (head, ((values, out), state)) in rows.zip(max_sum.chunks_exact(2)).enumerate() {
+        let sink = sinks.get(head).map_or(0.0, |sink| (sink - state[0]).exp());
+        let factor = 1.0 / (state[1] + sink);
         for (out, value) in out.iter_mut().zip(values) {
             *out = value * factor;
         }
@@ -331,7 +342,7 @@ impl Cpu {
     /// See [`crate::Device::attention`].
     pub(super) fn attend(
         &mut self,
-        attention: &Attention,
+        attention: &Attention<'_>,
         (kv, index): (&KvCache, usize),
         q: &Buffer,
         spans: &[Span<'_>],
@@ -340,6 +351,7 @@ impl Cpu {
         let (shape, n_blocks) = (kv.shape, kv.n_blocks);
         assert!(index < shape.n_layers && attention.n_heads.is_multiple_of(shape.n_kv_heads));
         assert!(attention.n_heads / shape.n_kv_heads <= QUERY_ROWS, "heads of a KV head");
+        assert!(attention.sinks.is_none_or(|sinks| sinks.len() == attention.n_heads));
         let rows = q.len().min(out.len()) / (attention.n_heads * shape.head_dim);
         let mut end = 0;
         for (index, span) in spans.iter().enumerate() {
@@ -384,7 +396,7 @@ mod tests {
 
     struct Case {
         shape: KvShape,
-        attention: Attention,
+        attention: Attention<'static>,
         sequences: Vec<Sequence>,
     }
 
@@ -393,7 +405,8 @@ mod tests {
             let block_tokens = 16;
             let kv_type = KvType::F16;
             let shape = KvShape { n_layers: 2, n_kv_heads, head_dim, block_tokens, kv_type };
-            let attention = Attention { n_heads, scale: 0.3, window: None, soft_cap: None };
+            let attention =
+                Attention { n_heads, scale: 0.3, window: None, soft_cap: None, sinks: None };
             Self { shape, attention, sequences: sequences.to_vec() }
         }
 
@@ -450,7 +463,7 @@ mod tests {
 
         /// The same as the formula says it.
         fn naive(&self) -> Vec<f64> {
-            let Attention { n_heads, scale, window, soft_cap } = self.attention;
+            let Attention { n_heads, scale, window, soft_cap, .. } = self.attention;
             let head_dim = self.shape.head_dim;
             let group = n_heads / self.shape.n_kv_heads;
             let mut out = Vec::new();

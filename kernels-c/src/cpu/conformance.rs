@@ -4,7 +4,9 @@
 use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows, SUM_GROUP};
 use super::memory::Spread;
 use super::{Cpu, CpuOptions, isas};
-use crate::device::{Activation, Buffer, Device, Linear, Matrix, Rope, RopeKind};
+use crate::device::{
+    Activation, Attention, Buffer, Device, KvShape, KvType, Linear, Matrix, Rope, RopeKind, Span,
+};
 use crate::map::Bytes;
 use crate::quant::{Quant, dequantize};
 
@@ -40,7 +42,7 @@ impl Random {
 }
 
 /// Rows of random blocks whose values are numbers of a moderate size.
-fn weights(random: &mut Random, quant: Quant, rows: usize, cols: usize) -> Matrix {
+pub(super) fn weights(random: &mut Random, quant: Quant, rows: usize, cols: usize) -> Matrix {
     let n_blocks = rows * cols / quant.block_len();
     let mut bytes = Vec::new();
     let mut values = vec![0.0; quant.block_len()];
@@ -57,7 +59,7 @@ fn weights(random: &mut Random, quant: Quant, rows: usize, cols: usize) -> Matri
     Matrix::new(quant, rows, cols, Bytes::from_vec(bytes)).unwrap()
 }
 
-fn values(matrix: &Matrix) -> Vec<f32> {
+pub(super) fn values(matrix: &Matrix) -> Vec<f32> {
     let mut out = vec![0.0; matrix.rows() * matrix.cols()];
     dequantize(matrix.quant(), matrix.bytes().as_slice(), &mut out);
     out
@@ -153,7 +155,7 @@ fn open(name: &str) -> Isa {
     Isa::open(Some(name)).unwrap()
 }
 
-fn assert_same(a: &[f32], b: &[f32], what: &str) {
+pub(super) fn assert_same(a: &[f32], b: &[f32], what: &str) {
     assert_eq!(a.len(), b.len());
     for (i, (a, b)) in a.iter().zip(b).enumerate() {
         assert!(a.to_bits() == b.to_bits() || (*a == 0.0 && *b == 0.0), "{what} at {i}: {a} {b}");
@@ -508,17 +510,17 @@ fn half_precision_rounds_the_same_everywhere() {
     }
 }
 
-fn cpu(isa: &str, threads: usize) -> Cpu {
+pub(super) fn cpu(isa: &str, threads: usize) -> Cpu {
     Cpu::open(&CpuOptions { threads, isa: Some(isa.to_owned()) }).unwrap()
 }
 
-fn buffer(cpu: &mut Cpu, values: &[f32]) -> Buffer {
+pub(super) fn buffer(cpu: &mut Cpu, values: &[f32]) -> Buffer {
     let mut buffer = cpu.buffer(values.len()).unwrap();
     cpu.write(values, &mut buffer, 0).unwrap();
     buffer
 }
 
-fn floats(cpu: &mut Cpu, buffer: &Buffer) -> Vec<f32> {
+pub(super) fn floats(cpu: &mut Cpu, buffer: &Buffer) -> Vec<f32> {
     let mut out = vec![0.0; buffer.len()];
     cpu.read(buffer, 0, &mut out).unwrap();
     out
@@ -628,6 +630,54 @@ fn embeddings_are_rows_of_the_table() {
             for (row, got) in [19, 0, 7].into_iter().zip(got.chunks_exact(256)) {
                 let expected = reals[row * 256..][..256].iter().map(|&value| 2.0 * wide(value));
                 assert_near(got, expected, 0.0, &format!("{name} {quant}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn sinks_join_the_softmax_without_a_value() {
+    let (n_heads, n_kv_heads, head_dim, n_tokens) = (4, 2, 32, 900);
+    let shape =
+        KvShape { n_layers: 1, n_kv_heads, head_dim, block_tokens: 64, kv_type: KvType::F16 };
+    let mut random = Random::new(12);
+    let [k, v] = [0, 1].map(|_| random.reals(n_tokens * n_kv_heads * head_dim));
+    // The last one's is larger than any score.
+    let sinks = [-1.0, 0.5, 3.0, 20.0];
+    for (name, n_rows) in isas().into_iter().flat_map(|name| [(name, 1), (name, 3)]) {
+        let q = random.reals(n_rows * n_heads * head_dim);
+        let mut cpu = cpu(name, 2);
+        let mut kv = cpu.kv_cache(shape, 15).unwrap();
+        let (k, v) = (buffer(&mut cpu, &k), buffer(&mut cpu, &v));
+        let slots: Vec<u32> = (0..).take(n_tokens).collect();
+        cpu.kv_store(&mut kv, 0, &k, &v, &slots).unwrap();
+        let blocks: Vec<u32> = (0..15).collect();
+        let spans = [Span { first_row: 0, n_rows, kv_len: n_tokens, blocks: &blocks }];
+        let sinks_on_device = buffer(&mut cpu, &sinks);
+        let q = buffer(&mut cpu, &q);
+        let mut run = |sinks| {
+            let constants = Attention { n_heads, scale: 1.0, window: None, soft_cap: None, sinks };
+            let mut out = cpu.buffer(n_rows * n_heads * head_dim).unwrap();
+            cpu.attention(&constants, (&kv, 0), &q, &spans, &mut out).unwrap();
+            floats(&mut cpu, &out)
+        };
+        let (with, without) = (run(Some(&sinks_on_device)), run(None));
+        let [q, k] = [&q, &k].map(|Buffer::Host(it)| it.floats().to_vec());
+        for row in 0..n_rows {
+            for (head, sink) in sinks.iter().enumerate() {
+                let at = (row * n_heads + head) * head_dim;
+                let visible = n_tokens - n_rows + row + 1;
+                let score = |token: usize| {
+                    let k = &k[(token * n_kv_heads + head / 2) * head_dim..][..head_dim];
+                    let dot: f64 =
+                        q[at..][..head_dim].iter().zip(k).map(|(q, k)| wide(q * k)).sum();
+                    dot.exp()
+                };
+                let sum: f64 = (0..visible).map(score).sum();
+                let share = sum / (sum + wide(*sink).exp());
+                let expected = without[at..][..head_dim].iter().map(|x| share * wide(*x));
+                let what = format!("{name} row {row} head {head}");
+                assert_near(&with[at..][..head_dim], expected, 2e-3, &what);
             }
         }
     }

@@ -17,7 +17,7 @@ pub(super) const ACT_GROUP: usize = ffi::V4_ACT_GROUP as usize;
 pub(super) const SUM_GROUP: usize = ffi::V4_SUM_GROUP as usize;
 
 /// The input of a product: rows of `cols` values, and what `quantize` made of them where the
-/// weights are blocks.
+/// weights are blocks. Either may be empty where no product needs it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Acts<'a> {
     pub(super) cols: usize,
@@ -30,7 +30,7 @@ pub(super) struct Acts<'a> {
 impl<'a> Acts<'a> {
     /// Tokens.
     pub(super) fn rows(&self) -> usize {
-        self.x.len() / self.cols
+        self.x.len().max(self.q.len()) / self.cols
     }
 
     /// Rows `first..first + rows`.
@@ -40,7 +40,7 @@ impl<'a> Acts<'a> {
         let part = |group: usize| if quantized { from / group..to / group } else { 0..0 };
         Acts {
             cols: self.cols,
-            x: &self.x[from..to],
+            x: if self.x.is_empty() { self.x } else { &self.x[from..to] },
             q: &self.q[part(1)],
             d: &self.d[part(ACT_GROUP)],
             sum: &self.sum[part(SUM_GROUP)],
@@ -49,12 +49,13 @@ impl<'a> Acts<'a> {
 
     /// What C gets, when there is all that a product with `quant` reads.
     fn checked(&self, quant: Quant) -> ffi::v4_act {
-        let n = self.x.len();
-        assert!(n.is_multiple_of(self.cols), "whole rows of activations");
+        let n = self.rows() * self.cols;
         if quant.is_blocks() {
             assert!(self.cols.is_multiple_of(ACT_GROUP), "{} columns in groups", self.cols);
             assert!(self.q.len() == n && self.d.len() == n / ACT_GROUP);
             assert!(self.sum.len() == n / SUM_GROUP);
+        } else {
+            assert_eq!(self.x.len(), n, "whole rows of activations");
         }
         ffi::v4_act {
             x: self.x.as_ptr(),
@@ -358,10 +359,30 @@ impl Isa {
         let kind = match activation {
             Activation::Silu => ffi::v4_activation::SILU,
             Activation::GeluTanh => ffi::v4_activation::GELU_TANH,
+            Activation::ClampedSwish { alpha, limit } => {
+                return self.gated_clamped((alpha, limit), gate, up);
+            }
         };
         let gated = self.table.gated.expect(FILLED);
         // SAFETY: as asserted.
         unsafe { gated(kind, gate.as_mut_ptr(), up.as_ptr(), gate.len()) }
+    }
+
+    /// [`Activation::ClampedSwish`] by way of [`Activation::Silu`]: `g / (1 + e^(-alpha g))` is
+    /// `silu(alpha g) / alpha`.
+    fn gated_clamped(&self, (alpha, limit): (f32, f32), gate: &mut [f32], up: &[f32]) {
+        /// Values at a time: both stay in the first cache.
+        const PART: usize = 512;
+        let mut factors = [0.0; PART];
+        for (gate, up) in gate.chunks_mut(PART).zip(up.chunks(PART)) {
+            let factors = &mut factors[..up.len()];
+            for ((gate, up), factor) in gate.iter_mut().zip(up).zip(factors.iter_mut()) {
+                // NaN stays NaN: `min` and `max` would drop it.
+                *gate = alpha * if *gate > limit { limit } else { *gate };
+                *factor = (up.clamp(-limit, limit) + 1.0) / alpha;
+            }
+            self.gated(Activation::Silu, gate, factors);
+        }
     }
 
     /// `x = cap tanh(x / cap)`.

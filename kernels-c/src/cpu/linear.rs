@@ -26,9 +26,9 @@ const QUANTIZE_ALONE: usize = 16 << 10;
 /// The quantised input of a product, kept between calls.
 #[derive(Debug, Default)]
 pub(super) struct Quantized {
-    q: Vec<i8>,
-    d: Vec<f32>,
-    sum: Vec<i16>,
+    pub(super) q: Vec<i8>,
+    pub(super) d: Vec<f32>,
+    pub(super) sum: Vec<i16>,
 }
 
 /// A piece of a product.
@@ -89,7 +89,7 @@ fn product_of_panels(
 }
 
 /// `out = out * scale + bias`.
-fn finish(out: &mut Tile<'_>, scale: f32, bias: Option<&[f32]>) {
+pub(super) fn finish(out: &mut Tile<'_>, scale: f32, bias: Option<&[f32]>) {
     if scale.to_bits() == 1f32.to_bits() && bias.is_none() {
         return;
     }
@@ -156,7 +156,7 @@ impl Cpu {
     }
 
     /// Fills `self.quantized` with rows of `cols` values.
-    fn quantize(&mut self, x: &[f32], cols: usize) {
+    pub(super) fn quantize(&mut self, x: &[f32], cols: usize) {
         assert!(cols.is_multiple_of(ACT_GROUP), "{cols} columns are no whole groups");
         let Quantized { q, d, sum } = &mut self.quantized;
         q.resize(x.len(), 0);
@@ -189,7 +189,7 @@ impl Cpu {
 pub(super) struct Shares(Vec<Share>);
 
 impl Quantized {
-    fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.q.clear();
         self.d.clear();
         self.sum.clear();

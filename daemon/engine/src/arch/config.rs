@@ -1,6 +1,6 @@
 //! From metadata to the numbers of a model.
 
-use v4_kernels::{Activation, KvShape, KvType, MAX_QUERY_GROUP, Rope, RopeKind};
+use v4_kernels::{Activation, KvShape, KvType, MAX_QUERY_GROUP, Rope, RopeKind, Router};
 use v4_proto::limits;
 
 use crate::Error;
@@ -30,7 +30,24 @@ const ROTARY_DIM: Key = Key { gguf: "rope.dimension_count", hf: "rotary_dim" };
 const ROPE_BASE: Key = Key { gguf: "rope.freq_base", hf: "rope_theta" };
 const ROPE_SCALING: Key = Key { gguf: "rope.scaling.type", hf: "rope_scaling.rope_type" };
 const ROPE_FACTOR: Key = Key { gguf: "rope.scaling.factor", hf: "rope_scaling.factor" };
-const N_EXPERTS: Key = Key { gguf: "expert_count", hf: "num_local_experts" };
+const ROPE_ORIGINAL: Key = Key {
+    gguf: "rope.scaling.original_context_length",
+    hf: "rope_scaling.original_max_position_embeddings",
+};
+const ROPE_FAST: Key = Key { gguf: "rope.scaling.yarn_beta_fast", hf: "rope_scaling.beta_fast" };
+const ROPE_SLOW: Key = Key { gguf: "rope.scaling.yarn_beta_slow", hf: "rope_scaling.beta_slow" };
+const ROPE_ROUNDS: Key = Key { gguf: "rope.scaling.truncate", hf: "rope_scaling.truncate" };
+const ROPE_MAGNITUDE: Key =
+    Key { gguf: "rope.scaling.attention_factor", hf: "rope_scaling.attention_factor" };
+/// How many experts there are; families of Hugging Face call it one or the other.
+pub const N_EXPERTS: Key = Key { gguf: "expert_count", hf: "num_experts" };
+/// See [`N_EXPERTS`].
+pub const N_LOCAL_EXPERTS: Key = Key { gguf: "expert_count", hf: "num_local_experts" };
+const N_USED_EXPERTS: Key = Key { gguf: "expert_used_count", hf: "num_experts_per_tok" };
+/// Tokens that a layer with a window sees.
+pub const WINDOW: Key = Key { gguf: "attention.sliding_window", hf: "sliding_window" };
+const PATTERN: Key = Key { gguf: "attention.sliding_window_pattern", hf: "sliding_window_pattern" };
+const LAYER_TYPES: Key = Key { gguf: "layer_types", hf: "layer_types" };
 const TIED_OUTPUT: Key = Key { gguf: "tie_word_embeddings", hf: "tie_word_embeddings" };
 const SCORE_CAP: Key = Key { gguf: "attn_logit_softcapping", hf: "attn_logit_softcapping" };
 const LOGIT_CAP: Key = Key { gguf: "final_logit_softcapping", hf: "final_logit_softcapping" };
@@ -56,6 +73,28 @@ pub struct LayerConfig {
     pub window: Option<usize>,
     /// Which of [`DecoderConfig::ropes`].
     pub rope: usize,
+    /// Whether its feed-forward is a mixture of experts.
+    pub has_experts: bool,
+}
+
+/// What is to be known of a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsConfig {
+    /// How many there are, and how a token's are chosen.
+    pub router: Router,
+    /// Width between an expert's gate and down.
+    pub feed_forward: usize,
+    /// Whether router and experts have biases.
+    pub bias: bool,
+}
+
+/// Where `YaRN` begins and ends to divide angles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ramp {
+    /// At the whole pairs around where the formula says, unless the file says otherwise.
+    Rounded,
+    /// Where the formula says, unless the file says otherwise.
+    Exact,
 }
 
 /// The numbers of a model that the shared decoder runs.
@@ -89,6 +128,10 @@ pub struct DecoderConfig {
     pub logit_cap: Option<f32>,
     /// Whether query, key and value have a bias.
     pub qkv_bias: bool,
+    /// Whether attention's output has a bias.
+    pub output_bias: bool,
+    /// Whether each query head has a score that joins its softmax without a value.
+    pub sinks: bool,
     /// Whether each head of query and key is normed before it rotates.
     pub qk_norm: bool,
     /// Whether attention and feed-forward are normed again before they are added.
@@ -99,6 +142,8 @@ pub struct DecoderConfig {
     pub ropes: Vec<Rope>,
     /// An entry a layer.
     pub layers: Vec<LayerConfig>,
+    /// Of the layers that have experts.
+    pub experts: Option<ExpertsConfig>,
 }
 
 impl DecoderConfig {
@@ -201,14 +246,57 @@ impl Source<'_> {
         }
     }
 
+    /// Refuses a file that says yes to one of `features`, named as in `config.json`: options that
+    /// no published model of the architecture uses.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn refuse(&self, features: &[&'static str]) -> Result<(), Error> {
+        match features.iter().find(|hf| self.bool(Key { gguf: hf, hf }) == Some(true)) {
+            Some(feature) => Err(Error::unsupported(format!("{feature} in this architecture"))),
+            None => Ok(()),
+        }
+    }
+
     /// What the dense decoders have in common; the architecture sets the rest.
     ///
     /// # Errors
     /// [`Error::Metadata`] and [`Error::Unsupported`].
     pub fn decoder(&self) -> Result<DecoderConfig, Error> {
-        if self.size(N_EXPERTS)?.is_some_and(|n| n > 0) {
-            return Err(Error::unsupported(format!("experts ({})", self.key(N_EXPERTS))));
+        for key in [N_EXPERTS, N_LOCAL_EXPERTS] {
+            if self.size(key)?.is_some_and(|n| n > 0) {
+                return Err(Error::unsupported(format!("experts ({})", self.key(key))));
+            }
         }
+        self.any_decoder()
+    }
+
+    /// What decoders with experts in all layers have in common; the architecture sets the rest.
+    /// `n_experts` and `feed_forward` are how many experts there are and their width.
+    ///
+    /// # Errors
+    /// [`Error::Metadata`] and [`Error::Unsupported`].
+    pub fn expert_decoder(
+        &self,
+        n_experts: Key,
+        feed_forward: Key,
+    ) -> Result<DecoderConfig, Error> {
+        let mut config = self.any_decoder()?;
+        let (n, n_used) = (self.need_size(n_experts)?, self.need_size(N_USED_EXPERTS)?);
+        if n_used > n {
+            let problem = format!("is {n_used}, of {n} experts");
+            return Err(Error::metadata(self.key(N_USED_EXPERTS), problem));
+        }
+        config.experts = Some(ExpertsConfig {
+            router: Router { n_experts: n, n_used, is_normalised: true },
+            feed_forward: self.need_size(feed_forward)?,
+            bias: false,
+        });
+        config.layers.iter_mut().for_each(|layer| layer.has_experts = true);
+        Ok(config)
+    }
+
+    fn any_decoder(&self) -> Result<DecoderConfig, Error> {
         let embedding = self.need_size(EMBEDDING)?;
         let n_heads = self.need_size(N_HEADS)?;
         let head_dim = match self.size(HEAD_DIM)? {
@@ -254,11 +342,14 @@ impl Source<'_> {
             score_cap: self.positive(SCORE_CAP)?.map(single),
             logit_cap: self.positive(LOGIT_CAP)?.map(single),
             qkv_bias: false,
+            output_bias: false,
+            sinks: false,
             qk_norm: false,
             post_norms: false,
             output: self.output(),
             ropes: Vec::new(),
-            layers: vec![LayerConfig { window: None, rope: 0 }; n_layers],
+            layers: vec![LayerConfig { window: None, rope: 0, has_experts: false }; n_layers],
+            experts: None,
         })
     }
 
@@ -281,12 +372,50 @@ impl Source<'_> {
         }
     }
 
+    /// Which layers see every token before: as the file says, else every `pattern`-th.
+    ///
+    /// # Errors
+    /// [`Error::Metadata`].
+    pub fn sees_all(&self, n_layers: usize, pattern: usize) -> Result<Vec<bool>, Error> {
+        let meta = &self.file.meta;
+        let wrong = |key, n: usize| {
+            Error::metadata(self.key(key), format!("has {n} items for {n_layers} layers"))
+        };
+        if let Some(types) = meta.strings(&self.key(LAYER_TYPES)) {
+            if types.len() != n_layers {
+                return Err(wrong(LAYER_TYPES, types.len()));
+            }
+            return Ok(types.iter().map(|name| name == "full_attention").collect());
+        }
+        if let Some(windowed) = meta.bools(&self.key(PATTERN)) {
+            if windowed.len() != n_layers {
+                return Err(wrong(PATTERN, windowed.len()));
+            }
+            return Ok(windowed.iter().map(|windowed| !windowed).collect());
+        }
+        let pattern = self.size(PATTERN)?.unwrap_or(pattern).max(1);
+        Ok((1..=n_layers).map(|n| n.is_multiple_of(pattern)).collect())
+    }
+
     /// The rotary embedding that the usual entries describe. The file's own base comes before
     /// `default_base`.
     ///
     /// # Errors
     /// [`Error::Metadata`] and [`Error::Unsupported`].
     pub fn rope(&self, kind: RopeKind, head_dim: usize, default_base: f64) -> Result<Rope, Error> {
+        self.ramped_rope((kind, Ramp::Rounded), head_dim, default_base)
+    }
+
+    /// [`Source::rope`] with another way to begin and end.
+    ///
+    /// # Errors
+    /// [`Error::Metadata`] and [`Error::Unsupported`].
+    pub fn ramped_rope(
+        &self,
+        (kind, ramp): (RopeKind, Ramp),
+        head_dim: usize,
+        default_base: f64,
+    ) -> Result<Rope, Error> {
         let base = self.positive(ROPE_BASE)?.unwrap_or(default_base);
         let width = self.size(ROTARY_DIM)?.unwrap_or(head_dim);
         if width == 0 || width > head_dim || width % 2 != 0 {
@@ -294,25 +423,29 @@ impl Source<'_> {
             return Err(Error::metadata(self.key(ROTARY_DIM), problem));
         }
         let mut angles = angles(base, width);
-        self.scale(&mut angles)?;
+        let magnitude = self.scale(&mut angles, base, ramp)?;
         self.divide(&mut angles)?;
-        Ok(Rope { kind, inv_freq: angles.into_iter().map(single).collect(), magnitude: 1.0 })
+        Ok(Rope { kind, inv_freq: angles.into_iter().map(single).collect(), magnitude })
     }
 
-    /// Applies the scaling of long contexts.
-    fn scale(&self, angles: &mut [f64]) -> Result<(), Error> {
+    /// Applies the scaling of long contexts; gives the rotation's magnitude.
+    fn scale(&self, angles: &mut [f64], base: f64, ramp: Ramp) -> Result<f32, Error> {
         // Older config.json files say `type` where newer ones say `rope_type`.
         const OLD: Key = Key { gguf: ROPE_SCALING.gguf, hf: "rope_scaling.type" };
         let factor = self.positive(ROPE_FACTOR)?.unwrap_or(1.0);
         match self.str(ROPE_SCALING).or_else(|| self.str(OLD)) {
-            None | Some("none" | "default") => Ok(()),
+            None | Some("none" | "default") => Ok(1.0),
             Some("linear") => {
                 for angle in angles {
                     *angle /= factor;
                 }
-                Ok(())
+                Ok(1.0)
             }
-            Some("llama3") if !self.is_gguf() => self.scale_by_wavelength(angles, factor),
+            Some("llama3") if !self.is_gguf() => {
+                self.scale_by_wavelength(angles, factor)?;
+                Ok(1.0)
+            }
+            Some("yarn") => self.scale_by_turns(angles, base, factor, ramp),
             Some(other) => Err(Error::unsupported(format!("rope scaling of type {other:?}"))),
         }
     }
@@ -337,6 +470,39 @@ impl Source<'_> {
             *angle = (1.0 - keep) * *angle / factor + keep * *angle;
         }
         Ok(())
+    }
+
+    /// Divides by `factor` the pairs that turn a few times in the original context, keeps those
+    /// that turn often and blends those between; gives the magnitude that goes with it (Peng et al.
+    /// 2023, `YaRN`).
+    fn scale_by_turns(
+        &self,
+        angles: &mut [f64],
+        base: f64,
+        factor: f64,
+        ramp: Ramp,
+    ) -> Result<f32, Error> {
+        /// So that a ramp has a width.
+        const NARROWEST: f64 = 1e-3;
+        let original =
+            self.positive(ROPE_ORIGINAL)?.ok_or_else(|| Error::missing(self.key(ROPE_ORIGINAL)))?;
+        let (fast, slow) = (self.positive(ROPE_FAST)?, self.positive(ROPE_SLOW)?);
+        let width = 2.0 * angles.len() as f64;
+        // The pair that turns so many times.
+        let pair = |turns: f64| {
+            width * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * base.ln())
+        };
+        let (mut from, mut to) = (pair(fast.unwrap_or(32.0)), pair(slow.unwrap_or(1.0)));
+        if self.bool(ROPE_ROUNDS).unwrap_or(ramp == Ramp::Rounded) {
+            (from, to) = (from.floor(), to.ceil());
+        }
+        let (from, to) = (from.max(0.0), to.min(width - 1.0));
+        for (i, angle) in angles.iter_mut().enumerate() {
+            let divided = ((i as f64 - from) / (to - from).max(NARROWEST)).clamp(0.0, 1.0);
+            *angle = divided * *angle / factor + (1.0 - divided) * *angle;
+        }
+        let magnitude = self.positive(ROPE_MAGNITUDE)?.unwrap_or(1.0 + 0.1 * factor.max(1.0).ln());
+        Ok(single(magnitude))
     }
 
     /// Divides by the factors that GGUF stores as a tensor.

@@ -1,17 +1,21 @@
-//! The decoder that dense architectures share: blocks of attention and a gated feed-forward, each
-//! normed before and added to the hidden state.
+//! The decoder that architectures share: blocks of attention and a gated feed-forward or a mixture
+//! of them, each normed before and added to the hidden state.
 
-use v4_kernels::{Attention as Constants, Buffer, Device, KvCache, Matrix};
+use v4_kernels::{
+    Attention as Constants, Buffer, Device, ExpertWeights, Experts, KvCache, Matrix, Routing,
+};
 
-use super::config::{DecoderConfig, Output};
+use super::config::{DecoderConfig, ExpertsConfig, Output};
 use crate::Error;
 use crate::layers::attention::{self, Attention, Place};
 use crate::layers::linear::Weight;
 use crate::layers::mlp::{self, Mlp};
+use crate::layers::moe::{self, Moe};
 use crate::layers::norm::Norm;
 use crate::weights::Binder;
 
-/// What a field's tensor is called in either format, without `.weight`; `{}` is the layer.
+/// What a field's tensor is called in either format, without `.weight`; `{}` is the layer, `[]` the
+/// expert where each has a tensor.
 #[derive(Debug, Clone, Copy)]
 pub struct Name {
     /// In GGUF.
@@ -47,6 +51,8 @@ pub struct Names {
     pub query_norm: Name,
     /// Of each head of the key.
     pub key_norm: Name,
+    /// Of each query head: `[heads]`.
+    pub sinks: Name,
     /// After attention.
     pub post_attention_norm: Name,
     /// Before the feed-forward.
@@ -57,6 +63,14 @@ pub struct Names {
     pub up: Name,
     /// Of the feed-forward.
     pub down: Name,
+    /// Chooses experts.
+    pub router: Name,
+    /// Of experts.
+    pub expert_gate: Name,
+    /// Of experts.
+    pub expert_up: Name,
+    /// Of experts.
+    pub expert_down: Name,
     /// After the feed-forward.
     pub post_mlp_norm: Name,
 }
@@ -73,11 +87,16 @@ pub const NAMES: Names = Names {
     attention_output: name("blk.{}.attn_output", "model.layers.{}.self_attn.o_proj"),
     query_norm: name("blk.{}.attn_q_norm", "model.layers.{}.self_attn.q_norm"),
     key_norm: name("blk.{}.attn_k_norm", "model.layers.{}.self_attn.k_norm"),
+    sinks: name("blk.{}.attn_sinks", "model.layers.{}.self_attn.sinks"),
     post_attention_norm: name("blk.{}.post_attention_norm", ""),
     mlp_norm: name("blk.{}.ffn_norm", "model.layers.{}.post_attention_layernorm"),
     gate: name("blk.{}.ffn_gate", "model.layers.{}.mlp.gate_proj"),
     up: name("blk.{}.ffn_up", "model.layers.{}.mlp.up_proj"),
     down: name("blk.{}.ffn_down", "model.layers.{}.mlp.down_proj"),
+    router: name("blk.{}.ffn_gate_inp", "model.layers.{}.mlp.gate"),
+    expert_gate: name("blk.{}.ffn_gate_exps", "model.layers.{}.mlp.experts.[].gate_proj"),
+    expert_up: name("blk.{}.ffn_up_exps", "model.layers.{}.mlp.experts.[].up_proj"),
+    expert_down: name("blk.{}.ffn_down_exps", "model.layers.{}.mlp.experts.[].down_proj"),
     post_mlp_norm: name("blk.{}.post_ffw_norm", "model.layers.{}.post_feedforward_layernorm"),
 };
 
@@ -92,8 +111,15 @@ struct Block {
     attention: Attention,
     post_attention_norm: Option<Norm>,
     mlp_norm: Norm,
-    mlp: Mlp,
+    mlp: FeedForward,
     post_mlp_norm: Option<Norm>,
+}
+
+/// What follows attention.
+#[derive(Debug)]
+enum FeedForward {
+    Dense(Mlp),
+    Sparse(Moe),
 }
 
 /// A model's weights, bound to their places.
@@ -116,6 +142,7 @@ pub(crate) struct Scratch {
     added: Buffer,
     attention: attention::Scratch,
     mlp: mlp::Scratch,
+    moe: moe::Scratch,
     /// `[logit rows, vocabulary]`.
     logits: Buffer,
 }
@@ -123,9 +150,10 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Bytes of it.
     pub fn bytes(&self) -> usize {
-        let Self { hidden, normed, added, attention, mlp, logits } = self;
+        let Self { hidden, normed, added, attention, mlp, moe, logits } = self;
         let attention::Scratch { query, key, value, mixed } = attention;
-        let all = [hidden, normed, added, query, key, value, mixed, &mlp.gate, &mlp.up, logits];
+        let mlp::Scratch { gate, up } = mlp;
+        let all = [hidden, normed, added, query, key, value, mixed, gate, up, &moe.logits, logits];
         all.iter().map(|buffer| buffer.len() * size_of::<f32>()).sum()
     }
 }
@@ -133,12 +161,27 @@ impl Scratch {
 /// What one token costs, by the tensors it goes through. Attention comes on top.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Weights it is multiplied by in the blocks.
+    /// Weights it is multiplied by in the blocks: of experts, those that it goes to.
     pub block_weights: u64,
     /// Weights of the output matrix, when its logits are wanted.
     pub output_weights: u64,
     /// Bytes of both.
     pub weight_bytes: u64,
+    /// Bytes of all weights, of every expert too.
+    pub total_bytes: u64,
+}
+
+impl Cost {
+    /// Adds a matrix of a block that every token is multiplied by.
+    fn add(&mut self, matrix: &Matrix) {
+        self.block_weights += (matrix.rows() * matrix.cols()) as u64;
+        self.weight_bytes += n_bytes(matrix);
+        self.total_bytes += n_bytes(matrix);
+    }
+}
+
+fn n_bytes(matrix: &Matrix) -> u64 {
+    matrix.bytes().len() as u64
 }
 
 /// Rows of a pass: all of it that the layers need.
@@ -201,13 +244,28 @@ impl Decoder {
         let mut cost = Cost::default();
         for Block { attention, mlp, .. } in &self.blocks {
             let Attention { query, key, value, output, .. } = attention;
-            for weight in [query, key, value, output, &mlp.gate, &mlp.up, &mlp.down] {
-                cost.block_weights += weight.n_weights();
-                cost.weight_bytes += weight.matrix.bytes().len() as u64;
+            for weight in [query, key, value, output] {
+                cost.add(&weight.matrix);
+            }
+            match mlp {
+                FeedForward::Dense(Mlp { gate, up, down, .. }) => {
+                    for weight in [gate, up, down] {
+                        cost.add(&weight.matrix);
+                    }
+                }
+                FeedForward::Sparse(Moe { router, choice, experts }) => {
+                    cost.add(&router.matrix);
+                    for part in [&experts.gate, &experts.up, &experts.down] {
+                        part.matrices.iter().take(choice.n_used).for_each(|one| cost.add(one));
+                        let others = part.matrices.iter().skip(choice.n_used);
+                        cost.total_bytes += others.map(n_bytes).sum::<u64>();
+                    }
+                }
             }
         }
         cost.output_weights = self.output.n_weights();
-        cost.weight_bytes += self.output.matrix.bytes().len() as u64;
+        cost.weight_bytes += n_bytes(&self.output.matrix);
+        cost.total_bytes += n_bytes(&self.output.matrix);
         cost
     }
 
@@ -216,8 +274,11 @@ impl Decoder {
     /// # Errors
     /// What the device fails at.
     pub fn scratch(&self, device: &dyn Device, rows: usize) -> Result<Scratch, Error> {
-        let DecoderConfig { embedding, feed_forward, n_heads, n_kv_heads, head_dim, .. } =
-            self.config;
+        let DecoderConfig { embedding, n_heads, n_kv_heads, head_dim, .. } = self.config;
+        let layers = &self.config.layers;
+        let has_dense = layers.iter().any(|layer| !layer.has_experts);
+        let feed_forward = if has_dense { self.config.feed_forward } else { 0 };
+        let n_experts = self.config.experts.map_or(0, |experts| experts.router.n_experts);
         let buffer = |width: usize| device.buffer(rows * width);
         Ok(Scratch {
             hidden: buffer(embedding)?,
@@ -230,6 +291,7 @@ impl Decoder {
                 mixed: buffer(n_heads * head_dim)?,
             },
             mlp: mlp::Scratch { gate: buffer(feed_forward)?, up: buffer(feed_forward)? },
+            moe: moe::Scratch { logits: buffer(n_experts)?, routing: Routing::default() },
             logits: device.buffer(LOGIT_ROWS * self.vocabulary())?,
         })
     }
@@ -354,11 +416,16 @@ impl Block {
         layer: usize,
     ) -> Result<Self, Error> {
         let DecoderConfig { embedding, feed_forward, .. } = *config;
-        let mlp = Mlp {
-            gate: binder.weight(&names.gate, layer, [feed_forward, embedding])?,
-            up: binder.weight(&names.up, layer, [feed_forward, embedding])?,
-            down: binder.weight(&names.down, layer, [embedding, feed_forward])?,
-            activation: config.activation,
+        let mlp = match config.experts.filter(|_| config.layers[layer].has_experts) {
+            Some(experts) => {
+                FeedForward::Sparse(Self::bind_moe(config, experts, names, (binder, layer))?)
+            }
+            None => FeedForward::Dense(Mlp {
+                gate: binder.weight(&names.gate, layer, [feed_forward, embedding])?,
+                up: binder.weight(&names.up, layer, [feed_forward, embedding])?,
+                down: binder.weight(&names.down, layer, [embedding, feed_forward])?,
+                activation: config.activation,
+            }),
         };
         let attention = Self::bind_attention(config, names, binder, layer)?;
         let mut norms = Norms { config, binder };
@@ -378,6 +445,35 @@ impl Block {
         })
     }
 
+    fn bind_moe(
+        config: &DecoderConfig,
+        experts: ExpertsConfig,
+        names: &Names,
+        (binder, layer): (&mut Binder<'_>, usize),
+    ) -> Result<Moe, Error> {
+        let ExpertsConfig { router, feed_forward, bias } = experts;
+        let (n, embedding) = (router.n_experts, config.embedding);
+        let mut bind = |name: &Name, rows, cols| -> Result<ExpertWeights, Error> {
+            if bias {
+                binder.biased_experts(name, layer, [n, rows, cols])
+            } else {
+                binder.experts(name, layer, [n, rows, cols])
+            }
+        };
+        let experts = Experts {
+            gate: bind(&names.expert_gate, feed_forward, embedding)?,
+            up: bind(&names.expert_up, feed_forward, embedding)?,
+            down: bind(&names.expert_down, embedding, feed_forward)?,
+            activation: config.activation,
+        };
+        let logits = if bias {
+            binder.biased_weight(&names.router, layer, [n, embedding])?
+        } else {
+            binder.weight(&names.router, layer, [n, embedding])?
+        };
+        Ok(Moe { router: logits, choice: router, experts })
+    }
+
     fn bind_attention(
         config: &DecoderConfig,
         names: &Names,
@@ -385,19 +481,22 @@ impl Block {
         layer: usize,
     ) -> Result<Attention, Error> {
         let DecoderConfig { embedding, head_dim, n_heads, n_kv_heads, qk_norm, .. } = *config;
-        let mut input = |name: &Name, n_heads: usize| {
-            let shape = [n_heads * head_dim, embedding];
-            if config.qkv_bias {
+        let mut bind = |has_bias: bool, name: &Name, shape: [usize; 2]| {
+            if has_bias {
                 binder.biased_weight(name, layer, shape)
             } else {
                 binder.weight(name, layer, shape)
             }
         };
+        let mut input = |name: &Name, n_heads: usize| {
+            bind(config.qkv_bias, name, [n_heads * head_dim, embedding])
+        };
         let query = input(&names.query, n_heads)?;
         let key = input(&names.key, n_kv_heads)?;
         let value = input(&names.value, n_kv_heads)?;
         let shape = [embedding, n_heads * head_dim];
-        let output = binder.weight(&names.attention_output, layer, shape)?;
+        let output = bind(config.output_bias, &names.attention_output, shape)?;
+        let sinks = config.sinks.then(|| binder.vector(&names.sinks, layer, n_heads, 0.0));
         let mut norms = Norms { config, binder };
         Ok(Attention {
             query,
@@ -407,11 +506,13 @@ impl Block {
             query_norm: norms.bind_if(qk_norm, &names.query_norm, layer, head_dim)?,
             key_norm: norms.bind_if(qk_norm, &names.key_norm, layer, head_dim)?,
             head_dim,
+            sinks: sinks.transpose()?,
             constants: Constants {
                 n_heads,
                 scale: config.attention_scale,
                 window: config.layers[layer].window,
                 soft_cap: config.score_cap,
+                sinks: None,
             },
         })
     }
@@ -423,15 +524,18 @@ impl Block {
         n: usize,
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
-        let Scratch { hidden, normed, added, attention, mlp, .. } = scratch;
-        let width = self.mlp.down.matrix.rows();
+        let Scratch { hidden, normed, added, attention, mlp, moe, .. } = scratch;
+        let width = self.attention.output.matrix.rows();
         device.linear(&attention.mixed, n, &mut [self.attention.output.part(added)])?;
         if let Some(norm) = &self.post_attention_norm {
             norm.apply_inplace(device, added, n)?;
         }
         device.add(hidden, added, n * width)?;
         self.mlp_norm.apply(device, hidden, n, normed)?;
-        self.mlp.apply(device, (normed, n), mlp, added)?;
+        match &self.mlp {
+            FeedForward::Dense(dense) => dense.apply(device, (normed, n), mlp, added)?,
+            FeedForward::Sparse(sparse) => sparse.apply(device, (normed, n), moe, added)?,
+        }
         if let Some(norm) = &self.post_mlp_norm {
             norm.apply_inplace(device, added, n)?;
         }

@@ -4,7 +4,7 @@
 use v4_kernels::{Activation, Rope, RopeKind};
 use v4_proto::Ability;
 
-use super::config::{DecoderConfig, Key, LayerConfig, Source, angles, single};
+use super::config::{DecoderConfig, Key, LayerConfig, Source, WINDOW, angles, single};
 use super::decoder::{Name, Names};
 use super::{Arch, decoder};
 use crate::Error;
@@ -22,6 +22,7 @@ pub(super) static ARCH: Arch = Arch {
         mlp_norm: Name { gguf: "blk.{}.ffn_norm", hf: "model.layers.{}.pre_feedforward_layernorm" },
         ..decoder::NAMES
     },
+    import: None,
 };
 
 const DEFAULT_BASE: f64 = 1_000_000.0;
@@ -30,9 +31,6 @@ const DEFAULT_PATTERN: usize = 6;
 /// The one size whose queries are scaled by the hidden state's share of a head, not by the head.
 const LAYERS_OF_27B: usize = 62;
 
-const WINDOW: Key = Key { gguf: "attention.sliding_window", hf: "sliding_window" };
-const PATTERN: Key = Key { gguf: "attention.sliding_window_pattern", hf: "sliding_window_pattern" };
-const LAYER_TYPES: Key = Key { gguf: "layer_types", hf: "layer_types" };
 const LOCAL_BASE: Key = Key { gguf: "rope.freq_base_swa", hf: "rope_local_base_freq" };
 const QUERY_SCALAR: Key = Key { gguf: "query_pre_attn_scalar", hf: "query_pre_attn_scalar" };
 
@@ -55,12 +53,10 @@ fn config(source: &Source<'_>) -> Result<DecoderConfig, Error> {
         Rope { kind: RopeKind::Halves, inv_freq: local, magnitude: 1.0 },
     ];
     let window = source.need_size(WINDOW)?;
-    for (i, sees_all) in sees_all(source, config.layers.len())?.into_iter().enumerate() {
-        config.layers[i] = if sees_all {
-            LayerConfig { window: None, rope: GLOBAL }
-        } else {
-            LayerConfig { window: Some(window), rope: LOCAL }
-        };
+    let sees_all = source.sees_all(config.layers.len(), DEFAULT_PATTERN)?;
+    for (layer, sees_all) in config.layers.iter_mut().zip(sees_all) {
+        let (window, rope) = if sees_all { (None, GLOBAL) } else { (Some(window), LOCAL) };
+        *layer = LayerConfig { window, rope, ..*layer };
     }
     Ok(config)
 }
@@ -76,27 +72,6 @@ fn attention_scale(source: &Source<'_>, config: &DecoderConfig) -> Result<f32, E
     Ok(single(scalar.sqrt().recip()))
 }
 
-/// Which layers see every token before.
-fn sees_all(source: &Source<'_>, n_layers: usize) -> Result<Vec<bool>, Error> {
-    let meta = &source.file.meta;
-    if let Some(types) = meta.strings(&source.key(LAYER_TYPES)) {
-        if types.len() != n_layers {
-            let problem = format!("has {} items for {n_layers} layers", types.len());
-            return Err(Error::metadata(source.key(LAYER_TYPES), problem));
-        }
-        return Ok(types.iter().map(|name| name == "full_attention").collect());
-    }
-    if let Some(windowed) = meta.bools(&source.key(PATTERN)) {
-        if windowed.len() != n_layers {
-            let problem = format!("has {} items for {n_layers} layers", windowed.len());
-            return Err(Error::metadata(source.key(PATTERN), problem));
-        }
-        return Ok(windowed.iter().map(|windowed| !windowed).collect());
-    }
-    let pattern = source.size(PATTERN)?.unwrap_or(DEFAULT_PATTERN).max(1);
-    Ok((1..=n_layers).map(|n| n.is_multiple_of(pattern)).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,7 +83,7 @@ mod tests {
             meta.insert(*key, value.clone());
         }
         let file = File { format, meta, tensors: Vec::new() };
-        sees_all(&Source { file: &file, prefix: "gemma3" }, 7)
+        Source { file: &file, prefix: "gemma3" }.sees_all(7, DEFAULT_PATTERN)
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use v4_kernels::RopeKind;
 use v4_proto::Ability;
 
-use super::config::{DecoderConfig, Key, Source};
+use super::config::{DecoderConfig, Source};
 use super::{Arch, decoder};
 use crate::Error;
 
@@ -14,16 +14,13 @@ pub(super) static ARCH: Arch = Arch {
     abilities: &[Ability::Completion],
     config,
     names: decoder::NAMES,
+    import: None,
 };
 
 const DEFAULT_BASE: f64 = 10_000.0;
 
 fn config(source: &Source<'_>) -> Result<DecoderConfig, Error> {
-    for hf in ["attention_bias", "mlp_bias"] {
-        if source.bool(Key { gguf: hf, hf }) == Some(true) {
-            return Err(Error::unsupported(format!("{hf} in this architecture")));
-        }
-    }
+    source.refuse(&["attention_bias", "mlp_bias"])?;
     // GGUF's converter reorders the rows of query and key so that neighbours rotate together.
     let kind = if source.is_gguf() { RopeKind::Adjacent } else { RopeKind::Halves };
     let config = source.decoder()?;
@@ -59,6 +56,7 @@ pub(super) fn tiny() -> crate::format::File {
             quant: Quant::F32,
             shape: shape.to_vec(),
             bytes: Bytes::from_vec((0..n).flat_map(|i| value(i).to_le_bytes()).collect()),
+            scales: None,
         }
     };
     let tensors: &[(&str, &[u64])] = &[

@@ -6,18 +6,27 @@
 pub mod config;
 pub mod decoder;
 mod gemma3;
+mod gpt_oss;
 mod llama;
 mod qwen2;
+mod qwen3;
+mod qwen3moe;
+
+use std::borrow::Cow;
 
 use v4_proto::Ability;
 
 use crate::Error;
-use crate::format::{File, Format, Meta};
+use crate::format::{File, Format, Meta, Tensor};
 use config::{DecoderConfig, Source};
 use decoder::Names;
 
 /// Every architecture of this build.
-pub static ALL: &[&Arch] = &[&llama::ARCH, &qwen2::ARCH, &gemma3::ARCH];
+pub static ALL: &[&Arch] =
+    &[&llama::ARCH, &qwen2::ARCH, &qwen3::ARCH, &qwen3moe::ARCH, &gemma3::ARCH, &gpt_oss::ARCH];
+
+/// Tensors of a file to tensors of other names.
+pub type Import = fn(&File) -> Result<Vec<Tensor>, Error>;
 
 /// The description of an architecture.
 #[derive(Debug)]
@@ -32,6 +41,22 @@ pub struct Arch {
     pub config: fn(&Source<'_>) -> Result<DecoderConfig, Error>,
     /// What its tensors are called.
     pub names: Names,
+    /// How the tensors of a file become those that `names` names, where they are not from the
+    /// start.
+    pub import: Option<Import>,
+}
+
+impl Arch {
+    /// The tensors of a file as [`Arch::names`] names them.
+    ///
+    /// # Errors
+    /// [`Error::TensorShape`].
+    pub fn tensors<'a>(&self, file: &'a File) -> Result<Cow<'a, [Tensor]>, Error> {
+        match self.import {
+            Some(import) => Ok(Cow::Owned(import(file)?)),
+            None => Ok(Cow::Borrowed(&file.tensors)),
+        }
+    }
 }
 
 /// The metadata entry that names the architecture.

@@ -3,7 +3,7 @@
 use v4_kernels::RopeKind;
 use v4_proto::Ability;
 
-use super::config::{DecoderConfig, Key, Source};
+use super::config::{DecoderConfig, Key, Source, WINDOW};
 use super::{Arch, decoder};
 use crate::Error;
 
@@ -13,11 +13,11 @@ pub(super) static ARCH: Arch = Arch {
     abilities: &[Ability::Completion],
     config,
     names: decoder::NAMES,
+    import: None,
 };
 
 const DEFAULT_BASE: f64 = 10_000.0;
 const USE_WINDOW: Key = Key { gguf: "use_sliding_window", hf: "use_sliding_window" };
-const WINDOW: Key = Key { gguf: "attention.sliding_window", hf: "sliding_window" };
 const FIRST_WINDOWED: Key = Key { gguf: "max_window_layers", hf: "max_window_layers" };
 
 fn config(source: &Source<'_>) -> Result<DecoderConfig, Error> {

@@ -41,6 +41,7 @@ fn vector(name: &str, values: &[f32]) -> Tensor {
         quant: Quant::F32,
         shape: vec![values.len() as u64],
         bytes: Bytes::from_vec(values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        scales: None,
     }
 }
 
@@ -239,6 +240,11 @@ fn hostile_metadata_never_panics() {
             "rope.freq_base",
             "rope.freq_base_swa",
             "rope.dimension_count",
+            "expert_count",
+            "expert_used_count",
+            "expert_feed_forward_length",
+            "rope.scaling.original_context_length",
+            "rope.scaling.yarn_beta_fast",
         ] {
             meta.insert(format!("{}.{name}", arch.gguf), Value::U64(4));
         }

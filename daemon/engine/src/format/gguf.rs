@@ -159,7 +159,7 @@ fn tensors(header: &Header, file: &Bytes) -> Result<Vec<Tensor>> {
             .slice(length(start)..length(end))
             .expect("the range was compared with the file's length");
         let shape = entry.shape.iter().rev().copied().collect();
-        tensors.push(Tensor { name: entry.name.clone(), quant, shape, bytes });
+        tensors.push(Tensor { name: entry.name.clone(), quant, shape, bytes, scales: None });
     }
     let end = check_extents(extents)?.max(header.data_start);
     let spare = file_bytes.saturating_sub(end);

@@ -228,6 +228,33 @@ pub struct Tensor {
     pub shape: Vec<u64>,
     /// Its blocks.
     pub bytes: Bytes,
+    /// The scales of its blocks where the file keeps them apart: MXFP4 of Hugging Face, a byte for
+    /// each 16 of [`Tensor::bytes`]. [`Tensor::blocks`] puts them together.
+    pub scales: Option<Bytes>,
+}
+
+impl Tensor {
+    /// Bytes it takes in the file.
+    pub fn n_bytes(&self) -> u64 {
+        wide(self.bytes.len()).saturating_add(self.scales.as_ref().map_or(0, |s| wide(s.len())))
+    }
+
+    /// Its blocks as [`Tensor::quant`] lays them out: where the file has them, but where it keeps
+    /// scales apart, in memory of our own. There, byte k of a block holds weight 2k low and 2k + 1
+    /// high.
+    pub fn blocks(&self) -> Bytes {
+        let Some(scales) = &self.scales else { return self.bytes.clone() };
+        let (codes, _) = self.bytes.as_slice().as_chunks::<16>();
+        let mut blocks = Vec::with_capacity(self.bytes.len().saturating_add(scales.len()));
+        for (codes, scale) in codes.iter().zip(scales.as_slice()) {
+            let (first, second) = codes.split_at(8);
+            blocks.push(*scale);
+            for (first, second) in first.iter().zip(second) {
+                blocks.extend([first & 15 | second << 4, first >> 4 | second & 0xf0]);
+            }
+        }
+        Bytes::from_vec(blocks)
+    }
 }
 
 /// A model's files, read.

@@ -3,7 +3,7 @@
 //! A safetensors file is a `u64` header length, a JSON header that names each tensor's type, shape
 //! and byte range, then the bytes. Several files are joined by `model.safetensors.index.json`.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -20,6 +20,12 @@ const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 const LENGTH_BYTES: u64 = 8;
+/// The type of plain bytes.
+const BYTES: &str = "U8";
+/// Ends of the names of an MXFP4 tensor's parts, and the bytes of codes that share a scale.
+const BLOCKS: &str = "_blocks";
+const SCALES: &str = "_scales";
+const GROUP_BYTES: u64 = 16;
 
 /// Reads a folder.
 ///
@@ -27,19 +33,19 @@ const LENGTH_BYTES: u64 = 8;
 /// [`Error::Open`] when a file is missing, [`Error::Format`] when one makes no sense.
 pub fn read_folder(folder: &Path) -> std::result::Result<File, Error> {
     let meta = config(&json(folder, CONFIG)?)?;
-    let mut tensors = Vec::new();
+    let mut all = Vec::new();
     let mut names = HashSet::new();
     for shard in shards(folder)? {
-        for tensor in read(&open(&folder.join(&shard))?)? {
-            if !names.insert(tensor.name.clone()) {
-                let name = tensor.name;
+        for piece in pieces(&open(&folder.join(&shard))?)? {
+            if !names.insert(piece.name.clone()) {
+                let name = piece.name;
                 let problem = format!("tensor {name:?} is in two of them");
                 return Err(FormatError::Shards(problem).into());
             }
-            tensors.push(tensor);
+            all.push(piece);
         }
     }
-    Ok(File { format: Format::Safetensors, meta, tensors })
+    Ok(File { format: Format::Safetensors, meta, tensors: join(all)? })
 }
 
 /// The metadata of a folder and the headers of its files, whatever types they have.
@@ -192,13 +198,27 @@ pub fn header(bytes: &[u8]) -> Result<(Vec<(String, Entry)>, u64)> {
     Ok((entries, LENGTH_BYTES.saturating_add(n)))
 }
 
+/// A line of a header with its bytes.
+#[derive(Debug)]
+struct Piece {
+    name: String,
+    /// `None` for plain bytes, which are a tensor only together with others.
+    quant: Option<Quant>,
+    shape: Vec<u64>,
+    bytes: Bytes,
+}
+
 /// The tensors of one file.
 ///
 /// # Errors
 /// [`FormatError`].
 pub fn read(file: &Bytes) -> Result<Vec<Tensor>> {
+    join(pieces(file)?)
+}
+
+fn pieces(file: &Bytes) -> Result<Vec<Piece>> {
     let (entries, data_start) = header(file.as_slice())?;
-    let mut tensors = Vec::with_capacity(entries.len());
+    let mut pieces = Vec::with_capacity(entries.len());
     let mut end_before = 0;
     for (name, entry) in entries {
         let [start, end] = entry.data_offsets;
@@ -207,27 +227,29 @@ pub fn read(file: &Bytes) -> Result<Vec<Tensor>> {
             return Err(FormatError::Contradiction(problem));
         }
         end_before = end;
-        tensors.push(tensor(file, name, entry, data_start)?);
+        pieces.push(piece(file, name, entry, data_start)?);
     }
     let end = data_start.saturating_add(end_before);
     if end < wide(file.len()) {
         let spare = wide(file.len()).saturating_sub(end);
         return Err(FormatError::Contradiction(format!("{spare} bytes follow its last tensor")));
     }
-    Ok(tensors)
+    Ok(pieces)
 }
 
-fn tensor(file: &Bytes, name: String, entry: Entry, data_start: u64) -> Result<Tensor> {
+fn piece(file: &Bytes, name: String, entry: Entry, data_start: u64) -> Result<Piece> {
     let [start, end] = entry.data_offsets;
-    let quant = quant(&entry.dtype).ok_or_else(|| FormatError::Unknown {
-        what: format!("type {} for tensor {name:?}", entry.dtype),
-    })?;
-    let expected =
-        entry.shape.iter().try_fold(wide(quant.block_bytes()), |n, &dim| n.checked_mul(dim));
+    let quant = quant(&entry.dtype);
+    if quant.is_none() && entry.dtype != BYTES {
+        return Err(unknown(&entry.dtype, &name));
+    }
+    let item_bytes = wide(quant.map_or(1, Quant::block_bytes));
+    let expected = entry.shape.iter().try_fold(item_bytes, |n, &dim| n.checked_mul(dim));
     if expected != end.checked_sub(start) {
         return Err(FormatError::Contradiction(format!(
-            "tensor {name:?} is {:?} of {quant} in {} bytes",
+            "tensor {name:?} is {:?} of {} in {} bytes",
             entry.shape,
+            entry.dtype,
             end.saturating_sub(start)
         )));
     }
@@ -239,7 +261,47 @@ fn tensor(file: &Bytes, name: String, entry: Entry, data_start: u64) -> Result<T
             available: wide(file.len().saturating_sub(from)),
         });
     };
-    Ok(Tensor { name, quant, shape: entry.shape, bytes })
+    Ok(Piece { name, quant, shape: entry.shape, bytes })
+}
+
+fn unknown(dtype: &str, name: &str) -> FormatError {
+    FormatError::Unknown { what: format!("type {dtype} for tensor {name:?}") }
+}
+
+/// Makes tensors of pieces. Plain bytes are the blocks and the scales of one MXFP4 tensor, by their
+/// names: blocks `[.., groups, 16]`, scales `[.., groups]`, a group being 32 weights.
+fn join(pieces: Vec<Piece>) -> Result<Vec<Tensor>> {
+    let mut tensors = Vec::with_capacity(pieces.len());
+    let (mut blocks, mut scales) = (Vec::new(), HashMap::new());
+    for Piece { name, quant, shape, bytes } in pieces {
+        if let Some(quant) = quant {
+            tensors.push(Tensor { name, quant, shape, bytes, scales: None });
+        } else if let Some(of) = name.strip_suffix(SCALES) {
+            scales.insert(of.to_owned(), (shape, bytes));
+        } else if let Some(of) = name.strip_suffix(BLOCKS) {
+            blocks.push((of.to_owned(), shape, bytes));
+        } else {
+            return Err(unknown(BYTES, &name));
+        }
+    }
+    for (name, mut shape, bytes) in blocks {
+        let Some((scale_shape, scales)) = scales.remove(&name) else {
+            return Err(FormatError::Contradiction(format!("{name}{BLOCKS} has no scales")));
+        };
+        let group_bytes = shape.pop();
+        if group_bytes != Some(GROUP_BYTES) || shape != scale_shape {
+            let problem = format!("{name}{SCALES} {scale_shape:?} do not fit its blocks");
+            return Err(FormatError::Contradiction(problem));
+        }
+        if let Some(last) = shape.last_mut() {
+            *last = last.saturating_mul(wide(Quant::MXFP4.block_len()));
+        }
+        tensors.push(Tensor { name, quant: Quant::MXFP4, shape, bytes, scales: Some(scales) });
+    }
+    match scales.keys().min() {
+        Some(name) => Err(FormatError::Contradiction(format!("{name}{SCALES} has no blocks"))),
+        None => Ok(tensors),
+    }
 }
 
 /// The types that kernels read in place.

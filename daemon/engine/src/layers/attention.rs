@@ -23,8 +23,10 @@ pub(crate) struct Attention {
     pub key_norm: Option<Norm>,
     /// Width of a head.
     pub head_dim: usize,
-    /// Heads, scale, window and cap.
-    pub constants: Constants,
+    /// `[heads]`: scores that join the softmax without a value.
+    pub sinks: Option<Buffer>,
+    /// Heads, scale, window and cap; the sinks are added.
+    pub constants: Constants<'static>,
 }
 
 /// Where the rows of a layer belong.
@@ -88,7 +90,8 @@ impl Attention {
     ) -> Result<(), Error> {
         let Scratch { query, key, value, mixed } = scratch;
         device.kv_store(kv, layer, key, value, place.slots)?;
-        device.attention(&self.constants, (kv, layer), query, place.spans, mixed)?;
+        let constants = Constants { sinks: self.sinks.as_ref(), ..self.constants };
+        device.attention(&constants, (kv, layer), query, place.spans, mixed)?;
         Ok(())
     }
 }

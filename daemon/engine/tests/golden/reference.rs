@@ -24,10 +24,11 @@ pub struct Reference {
 impl Reference {
     pub fn new(file: &File) -> Self {
         let (arch, config) = resolve(file).expect("a known architecture");
+        let tensors = arch.tensors(file).expect("good tensors");
         let decode = |tensor: &v4_engine::format::Tensor| {
             let n: u64 = tensor.shape.iter().product();
             let mut values = vec![0.0; usize::try_from(n).expect("fits")];
-            quant::dequantize(tensor.quant, tensor.bytes.as_slice(), &mut values);
+            quant::dequantize(tensor.quant, tensor.blocks().as_slice(), &mut values);
             (tensor.name.clone(), values)
         };
         let n_layers = config.layers.len();
@@ -35,7 +36,7 @@ impl Reference {
             config,
             names: arch.names,
             format: file.format,
-            tensors: file.tensors.iter().map(decode).collect(),
+            tensors: tensors.iter().map(decode).collect(),
             keys: vec![Vec::new(); n_layers],
             values: vec![Vec::new(); n_layers],
             n_tokens: 0,
@@ -88,7 +89,7 @@ impl Reference {
 
     fn attention(&mut self, layer: usize, x: &[f32]) -> Vec<f32> {
         let Self { names, n_tokens: position, .. } = *self;
-        let LayerConfig { window, rope } = self.config.layers[layer];
+        let LayerConfig { window, rope, .. } = self.config.layers[layer];
         let head_dim = self.config.head_dim;
         let mut query = self.product(names.query, layer, x);
         let mut key = self.product(names.key, layer, x);
@@ -109,7 +110,9 @@ impl Reference {
         for (head, (query, mixed)) in
             query.chunks(head_dim).zip(mixed.chunks_mut(head_dim)).enumerate()
         {
-            self.attend((layer, head / group, first), query, mixed);
+            let sinks = self.config.sinks.then(|| self.tensor(names.sinks, layer, ".weight"));
+            let sink = sinks.map(|sinks| sinks.expect("sinks")[head]);
+            self.attend((layer, head / group, first), (query, sink), mixed);
         }
         self.product(names.attention_output, layer, &mixed)
     }
@@ -117,7 +120,7 @@ impl Reference {
     fn attend(
         &self,
         (layer, kv_head, first): (usize, usize, usize),
-        query: &[f32],
+        (query, sink): (&[f32], Option<f32>),
         mixed: &mut [f32],
     ) {
         let head_dim = self.config.head_dim;
@@ -134,7 +137,7 @@ impl Reference {
         for weight in &mut weights {
             *weight = (*weight - max).exp();
         }
-        let sum: f32 = weights.iter().sum();
+        let sum = weights.iter().sum::<f32>() + sink.map_or(0.0, |sink| (sink - max).exp());
         for (token, weight) in tokens.zip(weights) {
             let value = &self.values[layer][at(token)..][..head_dim];
             mixed.iter_mut().zip(value).for_each(|(m, v)| *m += weight / sum * v);
@@ -142,20 +145,64 @@ impl Reference {
     }
 
     fn mlp(&self, layer: usize, x: &[f32]) -> Vec<f32> {
-        let mut gate = self.product(self.names.gate, layer, x);
-        let up = self.product(self.names.up, layer, x);
+        let names = self.names;
+        if !self.config.layers[layer].has_experts {
+            let gate = self.product(names.gate, layer, x);
+            let gated = self.gated(gate, &self.product(names.up, layer, x));
+            return self.product(names.down, layer, &gated);
+        }
+        let choice = self.config.experts.expect("numbers of the experts").router;
+        let logits = self.product(names.router, layer, x);
+        let mut chosen: Vec<usize> = (0..logits.len()).collect();
+        chosen.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        chosen.truncate(choice.n_used);
+        let all: f32 = logits.iter().map(|x| x.exp()).sum();
+        let ours: f32 = chosen.iter().map(|&id| logits[id].exp()).sum();
+        let mut sum = vec![0.0; x.len()];
+        for id in chosen {
+            let weight = logits[id].exp() / if choice.is_normalised { ours } else { all };
+            let gate = self.expert(names.expert_gate, (layer, id), x);
+            let gated = self.gated(gate, &self.expert(names.expert_up, (layer, id), x));
+            let part = self.expert(names.expert_down, (layer, id), &gated);
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += weight * part);
+        }
+        sum
+    }
+
+    fn gated(&self, mut gate: Vec<f32>, up: &[f32]) -> Vec<f32> {
         for (gate, up) in gate.iter_mut().zip(up) {
             let x = *gate;
-            let activated = match self.config.activation {
-                Activation::Silu => x / (1.0 + (-x).exp()),
+            *gate = match self.config.activation {
+                Activation::Silu => x / (1.0 + (-x).exp()) * up,
                 Activation::GeluTanh => {
                     let root = (2.0 / std::f32::consts::PI).sqrt();
-                    0.5 * x * (1.0 + (root * (x + 0.044_715 * x * x * x)).tanh())
+                    0.5 * x * (1.0 + (root * (x + 0.044_715 * x * x * x)).tanh()) * up
+                }
+                Activation::ClampedSwish { alpha, limit } => {
+                    let x = x.min(limit);
+                    x / (1.0 + (-alpha * x).exp()) * (up.clamp(-limit, limit) + 1.0)
                 }
             };
-            *gate = activated * up;
         }
-        self.product(self.names.down, layer, &gate)
+        gate
+    }
+
+    /// Expert `id`'s product: of its part of one tensor, or of a tensor of its own.
+    fn expert(&self, name: Name, (layer, id): (usize, usize), x: &[f32]) -> Vec<f32> {
+        let n = self.config.experts.expect("numbers of the experts").router.n_experts;
+        let part = |suffix: &str| {
+            if let Some(all) = self.tensor(name, layer, suffix) {
+                return Some(&all[all.len() / n * id..all.len() / n * (id + 1)]);
+            }
+            let name = format!("{}{suffix}", name.hf.replace("{}", &layer.to_string()));
+            self.tensors.get(&name.replace("[]", &id.to_string())).map(Vec::as_slice)
+        };
+        let rows = part(".weight").expect("a matrix").chunks(x.len());
+        let mut out: Vec<f32> = rows.map(|row| dot(row, x)).collect();
+        if let Some(bias) = part(".bias") {
+            add(&mut out, bias);
+        }
+        out
     }
 
     fn tensor(&self, name: Name, layer: usize, suffix: &str) -> Option<&Vec<f32>> {

@@ -57,7 +57,8 @@ pub fn dequantized(mut file: File) -> File {
     for tensor in &mut file.tensors {
         let n: u64 = tensor.shape.iter().product();
         let mut values = vec![0.0f32; usize::try_from(n).expect("fits")];
-        quant::dequantize(tensor.quant, tensor.bytes.as_slice(), &mut values);
+        quant::dequantize(tensor.quant, tensor.blocks().as_slice(), &mut values);
+        tensor.scales = None;
         tensor.quant = Quant::F32;
         tensor.bytes = Bytes::from_vec(values.iter().flat_map(|x| x.to_le_bytes()).collect());
     }
@@ -69,6 +70,7 @@ pub fn dequantized(mut file: File) -> File {
 pub struct Distance {
     pub max_abs: f32,
     pub mean_kl: f64,
+    pub median_kl: f64,
     pub max_kl: f64,
     /// Share of rows with the same likeliest token.
     pub top1: f64,
@@ -79,7 +81,7 @@ pub fn distance(found: &[f32], golden: &[f32], width: usize) -> Distance {
     assert_eq!(found.len(), golden.len());
     let n = golden.len() / width;
     let mut all = Distance::default();
-    let mut same = 0;
+    let (mut same, mut kls) = (0, Vec::with_capacity(n));
     for (found, golden) in found.chunks(width).zip(golden.chunks(width)) {
         let differences = found.iter().zip(golden).map(|(a, b)| (a - b).abs());
         // NaN must not pass: `max` would drop it.
@@ -87,8 +89,11 @@ pub fn distance(found: &[f32], golden: &[f32], width: usize) -> Distance {
         let kl = kl(golden, found);
         all.mean_kl += kl / n as f64;
         all.max_kl = all.max_kl.max(kl);
+        kls.push(kl);
         same += usize::from(argmax(found) == argmax(golden));
     }
+    kls.sort_by(f64::total_cmp);
+    all.median_kl = kls[n / 2];
     all.top1 = same as f64 / n as f64;
     all
 }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use v4_kernels::{
-    Activation, Attention, Buffer, Device, DeviceError, KvCache, KvShape, Linear, Matrix, Quant,
-    Rope, Span,
+    Activation, Attention, Buffer, Device, DeviceError, Experts, KvCache, KvShape, Linear, Matrix,
+    Quant, Rope, Router, Routing, Span,
 };
 
 use super::limits::Work;
@@ -72,8 +72,8 @@ impl Log {
 
     /// Arithmetic with weights.
     pub fn products(&self) -> u64 {
-        let linear = self.events.iter().filter(|event| event.op == "linear");
-        linear.map(|event| event.work.ops()).sum()
+        let products = self.events.iter().filter(|event| ["linear", "experts"].contains(&event.op));
+        products.map(|event| event.work.ops()).sum()
     }
 }
 
@@ -179,9 +179,25 @@ fn linear(rows: usize, parts: &[Linear<'_>]) -> Event {
     Event { op: "linear", weights, width: None, work, seconds: 0.0 }
 }
 
+/// The weights of an expert are read once, whatever the rows that go to it.
+fn experts(experts: &Experts, rows: usize, routing: &Routing) -> Event {
+    let (ids, _) = routing.chosen();
+    let mut distinct = ids.to_vec();
+    distinct.sort_unstable();
+    distinct.dedup();
+    let parts = [&experts.gate, &experts.up, &experts.down].map(|part| &part.matrices[0]);
+    let mut work = Work { bytes: floats(rows * parts[0].cols()), ..Work::default() };
+    for matrix in parts {
+        let bytes = (distinct.len() * matrix.bytes().len()) as u64;
+        work += Work { bytes, ..Work::default() };
+        work += product(matrix.quant(), matrix.rows() * matrix.cols(), ids.len());
+    }
+    Event { op: "experts", weights: parts.map(Read::of).to_vec(), width: None, work, seconds: 0.0 }
+}
+
 /// Each row multiplies its heads with the keys it sees and their weights with the values; a key and
 /// a value are read once a span.
-fn attention(attention: &Attention, shape: &KvShape, spans: &[Span<'_>]) -> Event {
+fn attention(attention: &Attention<'_>, shape: &KvShape, spans: &[Span<'_>]) -> Event {
     let n_values = attention.n_heads * shape.head_dim;
     let a_token = shape.kv_type.bytes(2 * shape.n_kv_heads * shape.head_dim);
     let mut work = Work::default();
@@ -276,6 +292,31 @@ impl Device for Metered {
         self.run(coming, |device| device.gated(activation, gate, up, len))
     }
 
+    fn route(
+        &mut self,
+        router: &Router,
+        logits: &Buffer,
+        rows: usize,
+        routing: &mut Routing,
+    ) -> Result {
+        let n = rows * router.n_experts;
+        // Each logit is held against those chosen so far.
+        let coming = self.coming(|| wide("route", router.n_experts, n, n));
+        self.run(coming, |device| device.route(router, logits, rows, routing))
+    }
+
+    fn experts(
+        &mut self,
+        all: &Experts,
+        x: &Buffer,
+        rows: usize,
+        routing: &Routing,
+        out: &mut Buffer,
+    ) -> Result {
+        let coming = self.coming(|| experts(all, rows, routing));
+        self.run(coming, |device| device.experts(all, x, rows, routing, out))
+    }
+
     fn rope(
         &mut self,
         rope: &Rope,
@@ -305,7 +346,7 @@ impl Device for Metered {
 
     fn attention(
         &mut self,
-        constants: &Attention,
+        constants: &Attention<'_>,
         kv: (&KvCache, usize),
         q: &Buffer,
         spans: &[Span<'_>],
@@ -338,7 +379,7 @@ impl Device for Metered {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use v4_kernels::{Bytes, Cpu, KvType, cpu::CpuOptions};
+    use v4_kernels::{Bytes, Cpu, ExpertWeights, KvType, cpu::CpuOptions};
 
     #[test]
     fn attention_reads_what_each_span_sees() {
@@ -349,7 +390,8 @@ mod tests {
             block_tokens: 16,
             kv_type: KvType::F16,
         };
-        let constants = Attention { n_heads: 4, scale: 1.0, window: None, soft_cap: None };
+        let constants =
+            Attention { n_heads: 4, scale: 1.0, window: None, soft_cap: None, sinks: None };
         // Rows at positions 7, 8 and 9 see 8, 9 and 10 tokens.
         let spans = [Span { first_row: 0, n_rows: 3, kv_len: 10, blocks: &[0] }];
         let token = 2 * 2 * 8 * 2;
@@ -359,6 +401,28 @@ mod tests {
         let window = Attention { window: Some(4), ..constants };
         let some = attention(&window, &shape, &spans).work;
         assert_eq!((some.bytes, some.f32), (6 * token + input, 4 * 32 * 12));
+    }
+
+    #[test]
+    fn an_expert_is_read_once_and_multiplied_by_the_rows_that_chose_it() {
+        let mut cpu = Cpu::open(&CpuOptions { threads: 1, isa: None }).unwrap();
+        let part = |rows: usize, cols: usize| {
+            let bytes = Bytes::from_vec(vec![0; rows * Quant::Q8_0.row_bytes(cols).unwrap()]);
+            let matrix = Matrix::new(Quant::Q8_0, rows, cols, bytes).unwrap();
+            ExpertWeights { matrices: vec![matrix; 4], bias: None, scales: vec![1.0; 4] }
+        };
+        let (gate, up, down) = (part(64, 32), part(64, 32), part(32, 64));
+        let all = Experts { gate, up, down, activation: Activation::Silu };
+        let mut logits = cpu.buffer(3 * 4).unwrap();
+        // Expert 1 is the choice of all three rows, expert 3 of the last two.
+        cpu.write(&[2.0, 5.0, 0.0, 0.0, 0.0, 5.0, 0.0, 2.0, 0.0, 5.0, 0.0, 2.0], &mut logits, 0)
+            .unwrap();
+        let (mut routing, router) =
+            (Routing::default(), Router { n_experts: 4, n_used: 2, is_normalised: true });
+        cpu.route(&router, &logits, 3, &mut routing).unwrap();
+        let event = experts(&all, 3, &routing);
+        assert_eq!(event.work.int8, 2 * 3 * (64 * 32) * 6);
+        assert_eq!(event.work.bytes, 3 * 3 * (64 * 34) + 3 * 32 * 4);
     }
 
     #[test]

@@ -100,3 +100,37 @@ fn a_config_becomes_metadata() {
     assert_eq!(meta.get("none"), None);
     assert!(config(&serde_json::json!([])).is_err());
 }
+
+#[test]
+fn blocks_and_scales_apart_are_one_tensor() {
+    let pair = |shape: &str, scales: &str, n: usize| {
+        let header = format!(
+            r#"{{"w_blocks":{{"dtype":"U8","shape":{shape},"data_offsets":[0,{n}]}},
+                "w_scales":{{"dtype":"U8","shape":{scales},"data_offsets":[{n},{}]}}}}"#,
+            n + 2
+        );
+        let data: Vec<u8> = (0..u8::try_from(n + 2).expect("few")).collect();
+        parse(&file(&header, &data))
+    };
+    let tensors = pair("[2,1,16]", "[2,1]", 32).expect("a pair");
+    let [w] = tensors.as_slice() else { panic!("one tensor") };
+    assert_eq!((w.name.as_str(), w.quant, w.shape.as_slice()), ("w", Quant::MXFP4, &[2, 32][..]));
+    assert_eq!(w.n_bytes(), 34);
+    // Weight 2k is low in byte k, weight 2k + 1 high; in a GGUF block j and j + 16 share a byte.
+    let blocks = w.blocks();
+    let code =
+        |row: usize, at: usize| (blocks.as_slice()[row * 17 + 1 + at % 16] >> (at / 16 * 4)) & 15;
+    for (row, at) in (0..2).flat_map(|row| (0..32).map(move |at| (row, at))) {
+        let byte = u8::try_from(row * 16 + at / 2).expect("few");
+        assert_eq!(code(row, at), (byte >> (at % 2 * 4)) & 15, "{row} {at}");
+    }
+    assert_eq!([blocks.as_slice()[0], blocks.as_slice()[17]], [32, 33]);
+    for bad in [pair("[2,16]", "[2,1]", 32), pair("[2,1,16]", "[1,2]", 32), pair("[32]", "[2]", 32)]
+    {
+        assert!(matches!(bad, Err(FormatError::Contradiction(_))), "{bad:?}");
+    }
+    for name in ["w_blocks", "w_scales", "w"] {
+        let entry = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
+        assert!(parse(&file(&format!("{{{name:?}:{entry}}}"), &[0; 16])).is_err(), "{name}");
+    }
+}
