@@ -6,6 +6,7 @@
  * its 16 bits. */
 #include <immintrin.h>
 #include <math.h>
+#include <string.h>
 
 #include "../include/v4.h"
 #include "../quant/blocks.h"
@@ -584,29 +585,68 @@ static void f32_from_f16(const uint16_t *x, size_t n, float *out)
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-static void attn_scores(const float *q, size_t n_q, size_t q_stride, const uint16_t *k, size_t n_kv,
-                        size_t head_dim, float scale, float *scores, size_t score_stride)
+/* Eight numbers at `at`, of which n are read. */
+ALWAYS_INLINE __m256 kv_load(enum v4_kv kind, const char *slab, size_t at, size_t n)
 {
-    for (size_t i = 0; i < n_q; i += QUAD) {
-        const size_t n = n_q - i < QUAD ? n_q - i : QUAD;
-        const float *rows[QUAD];
-        for (size_t r = 0; r < QUAD; r++) {
-            rows[r] = q + (i + (r < n ? r : n - 1)) * q_stride;
+    return kind == V4_KV_F16 ? load_f16(slab, at, n) : load_bf16(slab, at, n);
+}
+
+/* Adds one slab's keys times n_q queries, two vectors of tokens a query. */
+ALWAYS_INLINE void score_slab(enum v4_kv kind, const float *q, int n_q, const char *slab,
+                              size_t head_dim, float factor, float *scores, size_t stride)
+{
+    __m256 acc[QUAD][2];
+    UNROLL
+    for (int i = 0; i < n_q; i++) {
+        acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    }
+    for (size_t c = 0; c < head_dim; c++) {
+        __m256 keys[2];
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            keys[v] = kv_load(kind, slab, c * V4_SLAB + (size_t)v * LANES, LANES);
         }
-        for (size_t j = 0; j < n_kv; j++) {
-            __m256 acc[QUAD] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
-                                _mm256_setzero_ps()};
-            for (size_t c = 0; c < head_dim; c += LANES) {
-                const __m256 key = load_f16(k + j * head_dim, c, head_dim - c);
-                UNROLL
-                for (int r = 0; r < QUAD; r++) {
-                    acc[r] = _mm256_fmadd_ps(load_f32(rows[r], c, head_dim - c), key, acc[r]);
-                }
-            }
-            for (size_t r = 0; r < n; r++) {
-                scores[(i + r) * score_stride + j] = scale * sum_lanes(acc[r]);
-            }
+        UNROLL
+        for (int i = 0; i < n_q; i++) {
+            const __m256 value = _mm256_set1_ps(q[(size_t)i * head_dim + c]);
+            acc[i][0] = _mm256_fmadd_ps(value, keys[0], acc[i][0]);
+            acc[i][1] = _mm256_fmadd_ps(value, keys[1], acc[i][1]);
         }
+    }
+    UNROLL
+    for (int i = 0; i < n_q; i++) {
+        float *to = scores + (size_t)i * stride;
+        _mm256_storeu_ps(to, _mm256_mul_ps(acc[i][0], _mm256_set1_ps(factor)));
+        _mm256_storeu_ps(to + LANES, _mm256_mul_ps(acc[i][1], _mm256_set1_ps(factor)));
+    }
+}
+
+/* As many bytes of what is read next as of this, into the second cache. */
+ALWAYS_INLINE void bring(const void *next, size_t bytes)
+{
+    for (size_t at = 0; next && at < bytes; at += 64) {
+        _mm_prefetch((const char *)next + at, _MM_HINT_T1);
+    }
+}
+
+ALWAYS_INLINE void scores_of(enum v4_kv kind, const float *q, size_t n_q, const void *k,
+                             size_t n_kv, size_t head_dim, float scale, float *scores,
+                             size_t stride, const void *next)
+{
+    const size_t bytes = v4_slab_bytes(kind, head_dim);
+    const char *slab = k;
+    for (size_t j = 0; j < n_kv; j += V4_SLAB, slab += bytes) {
+        size_t i = 0;
+        bring(next ? (const char *)next + (slab - (const char *)k) : NULL, bytes);
+#define SCORE_SLABS(n)                                                                            \
+    for (; i + (n) <= n_q; i += (n)) {                                                            \
+        score_slab(kind, q + i * head_dim, n, slab, head_dim, scale, scores + i * stride + j,     \
+                   stride);                                                                       \
+    }
+        SCORE_SLABS(QUAD)
+        SCORE_SLABS(2)
+        SCORE_SLABS(1)
+#undef SCORE_SLABS
     }
 }
 
@@ -637,20 +677,22 @@ static void softmax_tile(float *x, size_t n, float *max, float *sum)
 }
 
 /* Sixteen columns of the values for n queries, or what there is of them. */
-ALWAYS_INLINE void value_tile(const float *p, int n, size_t p_stride, const uint16_t *v,
-                              size_t n_kv, size_t head_dim, size_t width, float *out,
-                              size_t out_stride)
+ALWAYS_INLINE void value_tile(enum v4_kv kind, const float *p, int n, size_t p_stride,
+                              const char *v, size_t n_kv, size_t head_dim, size_t c, float *out)
 {
+    const size_t width = head_dim - c, second = width > LANES ? width - LANES : 0;
+    const size_t bytes = v4_slab_bytes(kind, head_dim);
     __m256 acc[QUAD][2];
-    const size_t second = width > LANES ? width - LANES : 0;
     UNROLL
     for (int i = 0; i < n; i++) {
-        acc[i][0] = load_f32(out + (size_t)i * out_stride, 0, width);
-        acc[i][1] = load_f32(out + (size_t)i * out_stride, LANES, second);
+        acc[i][0] = load_f32(out + (size_t)i * head_dim, 0, width);
+        acc[i][1] = load_f32(out + (size_t)i * head_dim, LANES, second);
     }
     for (size_t j = 0; j < n_kv; j++) {
-        const __m256 v0 = load_f16(v + j * head_dim, 0, width);
-        const __m256 v1 = load_f16(v + j * head_dim, LANES, second);
+        const char *slab = v + j / V4_SLAB * bytes;
+        const size_t token = j % V4_SLAB;
+        const __m256 v0 = kv_load(kind, slab, token * head_dim + c, width);
+        const __m256 v1 = kv_load(kind, slab, token * head_dim + c + LANES, second);
         UNROLL
         for (int i = 0; i < n; i++) {
             const __m256 factor = _mm256_set1_ps(p[(size_t)i * p_stride + j]);
@@ -659,24 +701,211 @@ ALWAYS_INLINE void value_tile(const float *p, int n, size_t p_stride, const uint
         }
     }
     for (int i = 0; i < n; i++) {
-        store_f32(out + (size_t)i * out_stride, acc[i][0], width);
-        store_f32(out + (size_t)i * out_stride + LANES, acc[i][1], second);
+        store_f32(out + (size_t)i * head_dim, acc[i][0], width);
+        if (second) {
+            store_f32(out + (size_t)i * head_dim + LANES, acc[i][1], second);
+        }
     }
 }
 
-static void attn_values(const float *p, size_t n_q, size_t p_stride, const uint16_t *v, size_t n_kv,
-                        size_t head_dim, float *out, size_t out_stride)
+ALWAYS_INLINE void values_of(enum v4_kv kind, const float *p, size_t n_q, size_t p_stride,
+                             const void *v, size_t n_kv, size_t head_dim, float *out,
+                             const void *next)
 {
+    const size_t bytes = (n_kv + V4_SLAB - 1) / V4_SLAB * v4_slab_bytes(kind, head_dim);
+    bring(next, bytes);
     for (size_t c = 0; c < head_dim; c += 2 * LANES) {
         size_t i = 0;
-        for (; i + QUAD <= n_q; i += QUAD) {
-            value_tile(p + i * p_stride, QUAD, p_stride, v + c, n_kv, head_dim, head_dim - c,
-                       out + i * out_stride + c, out_stride);
+#define VALUE_TILES(n)                                                                            \
+    for (; i + (n) <= n_q; i += (n)) {                                                            \
+        value_tile(kind, p + i * p_stride, n, p_stride, v, n_kv, head_dim, c,                     \
+                   out + i * head_dim + c);                                                       \
+    }
+        VALUE_TILES(QUAD)
+        VALUE_TILES(2)
+        VALUE_TILES(1)
+#undef VALUE_TILES
+    }
+}
+
+#define KV_SLOTS(KIND, kind)                                                                      \
+    static void attn_scores_##kind(const float *q, size_t n_q, const void *k, size_t n_kv,        \
+                                   size_t head_dim, float scale, float *scores,                   \
+                                   size_t score_stride, const void *next)                         \
+    {                                                                                             \
+        scores_of(V4_KV_##KIND, q, n_q, k, n_kv, head_dim, scale, scores, score_stride, next);    \
+    }                                                                                             \
+    static void attn_values_##kind(const float *p, size_t n_q, size_t p_stride, const void *v,    \
+                                   size_t n_kv, size_t head_dim, float *out, const void *next)    \
+    {                                                                                             \
+        values_of(V4_KV_##KIND, p, n_q, p_stride, v, n_kv, head_dim, out, next);                  \
+    }
+KV_SLOTS(F16, f16)
+KV_SLOTS(BF16, bf16)
+#undef KV_SLOTS
+
+/* ---- attention over bytes -------------------------------------------------------------------- */
+
+/* Two codes of 16 bits at `at` in all lanes. */
+ALWAYS_INLINE __m256i pair_of(const void *codes, size_t at)
+{
+    int32_t pair;
+    memcpy(&pair, (const char *)codes + at * sizeof(int16_t), sizeof pair);
+    return _mm256_set1_epi32(pair);
+}
+
+/* Eight pairs of bytes, widened. */
+ALWAYS_INLINE __m256i widened(const char *bytes)
+{
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)bytes));
+}
+
+ALWAYS_INLINE void score_bytes(const float *q, int n_q, const char *slab, size_t head_dim,
+                               float factor, float *scores, size_t stride)
+{
+    __m256 acc[QUAD][2];
+    UNROLL
+    for (int i = 0; i < n_q; i++) {
+        acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    }
+    for (size_t c = 0; c < head_dim; c += V4_KV_GROUP) {
+        const size_t scales = c / V4_KV_GROUP * V4_SLAB;
+        __m256i dot[QUAD][2];
+        UNROLL
+        for (int i = 0; i < n_q; i++) {
+            dot[i][0] = dot[i][1] = _mm256_setzero_si256();
         }
-        for (; i < n_q; i++) {
-            value_tile(p + i * p_stride, 1, p_stride, v + c, n_kv, head_dim, head_dim - c,
-                       out + i * out_stride + c, out_stride);
+        for (size_t at = c; at < c + V4_KV_GROUP; at += 2) {
+            const __m256i a = widened(slab + at * V4_SLAB);
+            const __m256i b = widened(slab + at * V4_SLAB + 2 * LANES);
+            UNROLL
+            for (int i = 0; i < n_q; i++) {
+                const __m256i pair = pair_of(q + (size_t)i * head_dim, at);
+                dot[i][0] = _mm256_add_epi32(dot[i][0], _mm256_madd_epi16(a, pair));
+                dot[i][1] = _mm256_add_epi32(dot[i][1], _mm256_madd_epi16(b, pair));
+            }
         }
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            const __m256 scale =
+                load_f16(slab + V4_SLAB * head_dim, scales + (size_t)v * LANES, LANES);
+            UNROLL
+            for (int i = 0; i < n_q; i++) {
+                const float own = q[(size_t)i * head_dim + head_dim / 2 + c / V4_KV_GROUP];
+                acc[i][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[i][v]),
+                                            _mm256_mul_ps(scale, _mm256_set1_ps(own)), acc[i][v]);
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < n_q; i++) {
+        float *to = scores + (size_t)i * stride;
+        _mm256_storeu_ps(to, _mm256_mul_ps(acc[i][0], _mm256_set1_ps(factor)));
+        _mm256_storeu_ps(to + LANES, _mm256_mul_ps(acc[i][1], _mm256_set1_ps(factor)));
+    }
+}
+
+static void attn_scores_q8_0(const float *q, size_t n_q, const void *k, size_t n_kv,
+                             size_t head_dim, float scale, float *scores, size_t stride,
+                             const void *next)
+{
+    const size_t bytes = v4_slab_bytes(V4_KV_Q8_0, head_dim);
+    const char *slab = k;
+    for (size_t j = 0; j < n_kv; j += V4_SLAB, slab += bytes) {
+        size_t i = 0;
+        bring(next ? (const char *)next + (slab - (const char *)k) : NULL, bytes);
+#define SCORE_BYTES(n)                                                                            \
+    for (; i + (n) <= n_q; i += (n)) {                                                            \
+        score_bytes(q + i * head_dim, n, slab, head_dim, scale, scores + i * stride + j, stride); \
+    }
+        SCORE_BYTES(QUAD)
+        SCORE_BYTES(2)
+        SCORE_BYTES(1)
+#undef SCORE_BYTES
+    }
+}
+
+/* Weights times scales of n tokens in fifteen bits; gives what undoes it. */
+static float byte_weights(const float *p, const float *scales, size_t n, int16_t *codes)
+{
+    int32_t most = 0;
+    for (size_t t = 0; t < n; t++) {
+        const float v = p[t] * scales[t];
+        int32_t bits;
+        memcpy(&bits, &v, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float max, scale;
+    memcpy(&max, &most, sizeof max);
+    const __m256 inverse = _mm256_set1_ps(v4_kv_inverse(max, &scale));
+    for (size_t t = 0; t < n; t += LANES) {
+        const __m256 v = _mm256_mul_ps(load_f32(p, t, n - t), load_f32(scales, t, n - t));
+        const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
+        const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                             _mm256_extracti128_si256(whole, 1));
+        _mm_storeu_si128((__m128i *)(void *)(codes + t), half);
+    }
+    return scale;
+}
+
+/* Adds sixteen columns of the values for n queries. */
+ALWAYS_INLINE void add_bytes(int n, int16_t weights[QUAD][V4_KV_TOKENS], const float *scale,
+                             const char *slabs, size_t n_kv, size_t head_dim, size_t c, float *out)
+{
+    const size_t bytes = v4_slab_bytes(V4_KV_Q8_0, head_dim);
+    __m256i dot[QUAD][2];
+    UNROLL
+    for (int i = 0; i < n; i++) {
+        dot[i][0] = dot[i][1] = _mm256_setzero_si256();
+    }
+    for (size_t j = 0; j < n_kv; j += 2) {
+        const char *from = slabs + j / V4_SLAB * bytes + j % V4_SLAB * head_dim + 2 * c;
+        const __m256i a = widened(from), b = widened(from + 2 * LANES);
+        UNROLL
+        for (int i = 0; i < n; i++) {
+            const __m256i pair = pair_of(weights[i], j);
+            dot[i][0] = _mm256_add_epi32(dot[i][0], _mm256_madd_epi16(a, pair));
+            dot[i][1] = _mm256_add_epi32(dot[i][1], _mm256_madd_epi16(b, pair));
+        }
+    }
+    UNROLL
+    for (int i = 0; i < n; i++) {
+        UNROLL
+        for (int v = 0; v < 2; v++) {
+            float *to = out + (size_t)i * head_dim + c + (size_t)v * LANES;
+            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[i][v]),
+                                                 _mm256_set1_ps(scale[i]), _mm256_loadu_ps(to)));
+        }
+    }
+}
+
+static void attn_values_q8_0(const float *p, size_t n_q, size_t p_stride, const void *v,
+                             size_t n_kv, size_t head_dim, float *out, const void *next)
+{
+    float scales[V4_KV_TOKENS], scale[QUAD];
+    int16_t weights[QUAD][V4_KV_TOKENS];
+    const size_t bytes = v4_slab_bytes(V4_KV_Q8_0, head_dim);
+    bring(next, (n_kv + V4_SLAB - 1) / V4_SLAB * bytes);
+    for (size_t c = 0; c < head_dim; c += V4_KV_GROUP) {
+        for (size_t j = 0; j < n_kv; j += LANES) {
+            const char *slab = (const char *)v + j / V4_SLAB * bytes;
+            const size_t at = c / V4_KV_GROUP * V4_SLAB + j % V4_SLAB;
+            _mm256_storeu_ps(scales + j, load_f16(slab + V4_SLAB * head_dim, at, LANES));
+        }
+        size_t i = 0;
+#define ADD_BYTES(n)                                                                              \
+    for (; i + (n) <= n_q; i += (n)) {                                                            \
+        for (size_t r = 0; r < (n); r++) {                                                        \
+            scale[r] = byte_weights(p + (i + r) * p_stride, scales, n_kv, weights[r]);            \
+        }                                                                                         \
+        add_bytes(n, weights, scale, v, n_kv, head_dim, c, out + i * head_dim);                   \
+        add_bytes(n, weights, scale, v, n_kv, head_dim, c + 2 * LANES, out + i * head_dim);       \
+    }
+        ADD_BYTES(QUAD)
+        ADD_BYTES(2)
+        ADD_BYTES(1)
+#undef ADD_BYTES
     }
 }
 
@@ -696,10 +925,10 @@ const struct v4_isa v4_isa_avx2 = {
     .gemm_f32 = gemm_f32,
     .quantize = quantize,
     .rms_norm = rms_norm,
-    .attn_scores = attn_scores,
+    .attn_scores = {attn_scores_f16, attn_scores_bf16, attn_scores_q8_0},
+    .attn_values = {attn_values_f16, attn_values_bf16, attn_values_q8_0},
     .softmax_tile = softmax_tile,
     .join = join,
-    .attn_values = attn_values,
     .gated = gated,
     .soft_cap = soft_cap,
     .add = add,

@@ -5,6 +5,7 @@
  * adding the format's offset, and offset x (sum of the activations) is taken off again as an
  * integer. */
 #include <math.h>
+#include <string.h>
 
 #include "../include/v4.h"
 #include "avx512_formats.h"
@@ -950,135 +951,8 @@ static void f32_from_f16(const uint16_t *x, size_t n, float *out)
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* v[i]'s element j as v[j]'s element i, elements being 32 bits. */
-ALWAYS_INLINE void transpose16(__m512i v[LANES])
-{
-    __m512i a[LANES];
-    UNROLL
-    for (int i = 0; i < LANES; i += 4) {
-        const __m512i x0 = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        const __m512i x1 = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        const __m512i x2 = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
-        const __m512i x3 = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-        a[i] = _mm512_unpacklo_epi64(x0, x2);
-        a[i + 1] = _mm512_unpackhi_epi64(x0, x2);
-        a[i + 2] = _mm512_unpacklo_epi64(x1, x3);
-        a[i + 3] = _mm512_unpackhi_epi64(x1, x3);
-    }
-    UNROLL
-    for (int j = 0; j < 4; j++) {
-        const __m512i x0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
-        const __m512i x1 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
-        const __m512i x2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-        const __m512i x3 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-        v[j] = _mm512_shuffle_i32x4(x0, x2, 0x88);
-        v[4 + j] = _mm512_shuffle_i32x4(x0, x2, 0xdd);
-        v[8 + j] = _mm512_shuffle_i32x4(x1, x3, 0x88);
-        v[12 + j] = _mm512_shuffle_i32x4(x1, x3, 0xdd);
-    }
-}
-
-/* Keys are turned around, 64 of them and 64 of their values at a time, so that a vector has one
- * value of sixteen keys and no sum runs across a vector. */
-enum { KEY_BLOCK = 64, KEY_VECTORS = KEY_BLOCK / LANES, ATTN_ROWS = 6 };
-
-/* Columns c.. of n keys to turned[column][key]; what is missing is zero. */
-static void turn_keys(const uint16_t *k, size_t n, size_t head_dim, size_t c, size_t width,
-                      float turned[KEY_BLOCK][KEY_BLOCK])
-{
-    for (size_t j = 0; j < KEY_BLOCK; j += LANES) {
-        for (size_t i = 0; i < width; i += LANES) {
-            const __mmask16 mask = first_lanes(width - i);
-            __m512i v[LANES];
-            UNROLL
-            for (size_t r = 0; r < LANES; r++) {
-                v[r] = _mm512_setzero_si512();
-                if (j + r < n) {
-                    v[r] = _mm512_castps_si512(load_f16(k + (j + r) * head_dim, c + i, mask));
-                }
-            }
-            transpose16(v);
-            UNROLL
-            for (size_t r = 0; r < LANES; r++) {
-                _mm512_store_si512(&turned[i + r][j], v[r]);
-            }
-        }
-    }
-}
-
-/* Adds `width` columns of n_q queries times the turned keys to the scores of n keys. */
-ALWAYS_INLINE void score_tile(const float *q, int n_q, size_t q_stride,
-                              float turned[KEY_BLOCK][KEY_BLOCK], size_t width, size_t n, int begin,
-                              float scale, float *scores, size_t stride)
-{
-    __m512 acc[ATTN_ROWS][KEY_VECTORS];
-    __mmask16 mask[KEY_VECTORS];
-    UNROLL
-    for (int v = 0; v < KEY_VECTORS; v++) {
-        mask[v] = n > (size_t)(v * LANES) ? first_lanes(n - (size_t)(v * LANES)) : 0;
-        UNROLL
-        for (int i = 0; i < n_q; i++) {
-            const float *from = scores + (size_t)i * stride + LANES * v;
-            acc[i][v] = _mm512_maskz_loadu_ps(begin ? 0 : mask[v], from);
-        }
-    }
-    for (size_t c = 0; c < width; c++) {
-        __m512 keys[KEY_VECTORS];
-        UNROLL
-        for (int v = 0; v < KEY_VECTORS; v++) {
-            keys[v] = _mm512_load_ps(&turned[c][LANES * v]);
-        }
-        UNROLL
-        for (int i = 0; i < n_q; i++) {
-            const __m512 value = _mm512_set1_ps(q[(size_t)i * q_stride + c]);
-            UNROLL
-            for (int v = 0; v < KEY_VECTORS; v++) {
-                acc[i][v] = _mm512_fmadd_ps(value, keys[v], acc[i][v]);
-            }
-        }
-    }
-    UNROLL
-    for (int i = 0; i < n_q; i++) {
-        UNROLL
-        for (int v = 0; v < KEY_VECTORS; v++) {
-            _mm512_mask_storeu_ps(scores + (size_t)i * stride + LANES * v, mask[v],
-                                  _mm512_mul_ps(acc[i][v], _mm512_set1_ps(scale)));
-        }
-    }
-}
-
-/* The same for any number of queries. */
-static void score_block(const float *q, size_t n_q, size_t q_stride,
-                        float turned[KEY_BLOCK][KEY_BLOCK], size_t width, size_t n, int begin,
-                        float scale, float *scores, size_t stride)
-{
-    size_t i = 0;
-#define SCORE_TILES(n_tile)                                                                       \
-    for (; i + (n_tile) <= n_q; i += (n_tile)) {                                                  \
-        score_tile(q + i * q_stride, n_tile, q_stride, turned, width, n, begin, scale,            \
-                   scores + i * stride, stride);                                                  \
-    }
-    SCORE_TILES(ATTN_ROWS)
-    SCORE_TILES(3)
-    SCORE_TILES(1)
-#undef SCORE_TILES
-}
-
-static void attn_scores(const float *q, size_t n_q, size_t q_stride, const uint16_t *k, size_t n_kv,
-                        size_t head_dim, float scale, float *scores, size_t score_stride)
-{
-    _Alignas(64) float turned[KEY_BLOCK][KEY_BLOCK];
-    for (size_t j = 0; j < n_kv; j += KEY_BLOCK) {
-        const size_t n = n_kv - j < KEY_BLOCK ? n_kv - j : KEY_BLOCK;
-        for (size_t c = 0; c < head_dim; c += KEY_BLOCK) {
-            const size_t width = head_dim - c < KEY_BLOCK ? head_dim - c : KEY_BLOCK;
-            const float factor = c + width == head_dim ? scale : 1;
-            turn_keys(k + j * head_dim, n, head_dim, c, width, turned);
-            score_block(q + c, n_q, q_stride, turned, width, n, c == 0, factor, scores + j,
-                        score_stride);
-        }
-    }
-}
+#include "avx512_attention.h"
+#include "avx512_attention_q8.h"
 
 static void softmax_tile(float *x, size_t n, float *max, float *sum)
 {
@@ -1101,66 +975,6 @@ static void softmax_tile(float *x, size_t n, float *max, float *sum)
     *sum = _mm512_reduce_add_ps(total);
 }
 
-enum { VALUE_VECTORS = 4 };
-
-/* Up to 64 columns of the values for a few queries. */
-ALWAYS_INLINE void value_tile(const float *p, int n_q, size_t p_stride, const uint16_t *v,
-                              size_t n_kv, size_t head_dim, size_t width, float *out,
-                              size_t out_stride)
-{
-    __m512 acc[ATTN_ROWS][VALUE_VECTORS];
-    __mmask16 mask[VALUE_VECTORS];
-    UNROLL
-    for (size_t c = 0; c < VALUE_VECTORS; c++) {
-        mask[c] = width > c * LANES ? first_lanes(width - c * LANES) : 0;
-        UNROLL
-        for (int i = 0; i < n_q; i++) {
-            acc[i][c] = _mm512_maskz_loadu_ps(mask[c], out + (size_t)i * out_stride + c * LANES);
-        }
-    }
-    for (size_t j = 0; j < n_kv; j++) {
-        __m512 values[VALUE_VECTORS];
-        UNROLL
-        for (size_t c = 0; c < VALUE_VECTORS; c++) {
-            values[c] = load_f16(v + j * head_dim, c * LANES, mask[c]);
-        }
-        UNROLL
-        for (int i = 0; i < n_q; i++) {
-            const __m512 factor = _mm512_set1_ps(p[(size_t)i * p_stride + j]);
-            UNROLL
-            for (size_t c = 0; c < VALUE_VECTORS; c++) {
-                acc[i][c] = _mm512_fmadd_ps(factor, values[c], acc[i][c]);
-            }
-        }
-    }
-    UNROLL
-    for (size_t c = 0; c < VALUE_VECTORS; c++) {
-        UNROLL
-        for (int i = 0; i < n_q; i++) {
-            _mm512_mask_storeu_ps(out + (size_t)i * out_stride + c * LANES, mask[c], acc[i][c]);
-        }
-    }
-}
-
-static void attn_values(const float *p, size_t n_q, size_t p_stride, const uint16_t *v, size_t n_kv,
-                        size_t head_dim, float *out, size_t out_stride)
-{
-    for (size_t c = 0; c < head_dim; c += LANES * VALUE_VECTORS) {
-        const size_t left = head_dim - c;
-        const size_t width = left < LANES * VALUE_VECTORS ? left : LANES * VALUE_VECTORS;
-        size_t i = 0;
-#define VALUE_TILES(n)                                                                            \
-    for (; i + (n) <= n_q; i += (n)) {                                                            \
-        value_tile(p + i * p_stride, n, p_stride, v + c, n_kv, head_dim, width,                   \
-                   out + i * out_stride + c, out_stride);                                         \
-    }
-        VALUE_TILES(ATTN_ROWS)
-        VALUE_TILES(3)
-        VALUE_TILES(1)
-#undef VALUE_TILES
-    }
-}
-
 const struct v4_isa v4_isa_avx512 = {
     .name = "avx512",
 #define SLOT(NAME, name, ...) [V4_##NAME] = gemv_##name,
@@ -1180,10 +994,11 @@ const struct v4_isa v4_isa_avx512 = {
     .quantize = quantize,
     .rms_norm = rms_norm,
     .rope = rope,
-    .attn_scores = attn_scores,
+    .attn_query = attn_query,
+    .attn_scores = {attn_scores_f16, attn_scores_bf16, attn_scores_q8_0},
+    .attn_values = {attn_values_f16, attn_values_bf16, attn_values_q8_0},
     .softmax_tile = softmax_tile,
     .join = join,
-    .attn_values = attn_values,
     .gated = gated,
     .soft_cap = soft_cap,
     .add = add,

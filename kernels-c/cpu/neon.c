@@ -444,46 +444,126 @@ static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *
     }
 }
 
-static void attn_scores(const float *q, size_t n_q, size_t q_stride, const uint16_t *k, size_t n_kv,
-                        size_t head_dim, float scale, float *scores, size_t score_stride)
+/* Four numbers at `at`, of which n are read. */
+ALWAYS_INLINE float32x4_t kv_load(enum v4_kv kind, const char *slab, size_t at, size_t n)
 {
-    for (size_t i = 0; i < n_q; i += QUAD) {
-        const size_t n = n_q - i < QUAD ? n_q - i : QUAD;
-        const float *rows[QUAD];
-        for (size_t r = 0; r < QUAD; r++) {
-            rows[r] = q + (i + (r < n ? r : n - 1)) * q_stride;
+    return kind == V4_KV_F16 ? load_f16(slab, at, n) : load_bf16(slab, at, n);
+}
+
+enum { SLAB_VECTORS = V4_SLAB / LANES };
+
+/* One slab's keys times n_q queries, four vectors of tokens a query. */
+ALWAYS_INLINE void score_slab(enum v4_kv kind, const float *q, int n_q, const char *slab,
+                              size_t head_dim, float factor, float *scores, size_t stride)
+{
+    float32x4_t acc[QUAD][SLAB_VECTORS], keys[SLAB_VECTORS];
+    UNROLL
+    for (int v = 0; v < SLAB_VECTORS; v++) {
+        UNROLL
+        for (int i = 0; i < n_q; i++) {
+            acc[i][v] = vdupq_n_f32(0);
         }
-        for (size_t j = 0; j < n_kv; j++) {
-            float32x4_t acc[QUAD] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0),
-                                     vdupq_n_f32(0)};
-            for (size_t c = 0; c < head_dim; c += LANES) {
-                const float32x4_t key = load_f16(k + j * head_dim, c, head_dim - c);
-                UNROLL
-                for (int r = 0; r < QUAD; r++) {
-                    acc[r] = vfmaq_f32(acc[r], load_f32(rows[r], c, head_dim - c), key);
-                }
+    }
+    for (size_t c = 0; c < head_dim; c++) {
+        UNROLL
+        for (size_t v = 0; v < SLAB_VECTORS; v++) {
+            keys[v] = kv_load(kind, slab, c * V4_SLAB + v * LANES, LANES);
+        }
+        UNROLL
+        for (int i = 0; i < n_q; i++) {
+            const float value = q[(size_t)i * head_dim + c];
+            UNROLL
+            for (int v = 0; v < SLAB_VECTORS; v++) {
+                acc[i][v] = vfmaq_n_f32(acc[i][v], keys[v], value);
             }
-            for (size_t r = 0; r < n; r++) {
-                scores[(i + r) * score_stride + j] = scale * vaddvq_f32(acc[r]);
-            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < n_q; i++) {
+        UNROLL
+        for (int v = 0; v < SLAB_VECTORS; v++) {
+            vst1q_f32(scores + (size_t)i * stride + (size_t)v * LANES,
+                      vmulq_n_f32(acc[i][v], factor));
         }
     }
 }
 
-static void attn_values(const float *p, size_t n_q, size_t p_stride, const uint16_t *v, size_t n_kv,
-                        size_t head_dim, float *out, size_t out_stride)
+ALWAYS_INLINE void scores_of(enum v4_kv kind, const float *q, size_t n_q, const void *k,
+                             size_t n_kv, size_t head_dim, float scale, float *scores,
+                             size_t stride)
 {
-    for (size_t c = 0; c < head_dim; c += LANES) {
-        const size_t width = head_dim - c;
-        for (size_t i = 0; i < n_q; i++) {
-            float32x4_t acc = load_f32(out + i * out_stride, c, width);
-            for (size_t j = 0; j < n_kv; j++) {
-                acc = vfmaq_n_f32(acc, load_f16(v + j * head_dim, c, width), p[i * p_stride + j]);
-            }
-            store_f32(out + i * out_stride + c, acc, width);
+    const char *slab = k;
+    for (size_t j = 0; j < n_kv; j += V4_SLAB, slab += v4_slab_bytes(kind, head_dim)) {
+        size_t i = 0;
+        for (; i + QUAD <= n_q; i += QUAD) {
+            score_slab(kind, q + i * head_dim, QUAD, slab, head_dim, scale,
+                       scores + i * stride + j, stride);
+        }
+        for (; i < n_q; i++) {
+            score_slab(kind, q + i * head_dim, 1, slab, head_dim, scale, scores + i * stride + j,
+                       stride);
         }
     }
 }
+
+/* Four columns of the values for n queries, or what there is of them. */
+ALWAYS_INLINE void value_tile(enum v4_kv kind, const float *p, int n, size_t p_stride,
+                              const char *v, size_t n_kv, size_t head_dim, size_t c, float *out)
+{
+    const size_t width = head_dim - c;
+    float32x4_t acc[QUAD];
+    UNROLL
+    for (int i = 0; i < n; i++) {
+        acc[i] = load_f32(out + (size_t)i * head_dim, 0, width);
+    }
+    for (size_t j = 0; j < n_kv; j++) {
+        const char *slab = v + j / V4_SLAB * v4_slab_bytes(kind, head_dim);
+        const size_t token = j % V4_SLAB;
+        const float32x4_t value = kv_load(kind, slab, token * head_dim + c, width);
+        UNROLL
+        for (int i = 0; i < n; i++) {
+            acc[i] = vfmaq_n_f32(acc[i], value, p[(size_t)i * p_stride + j]);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < n; i++) {
+        store_f32(out + (size_t)i * head_dim, acc[i], width);
+    }
+}
+
+ALWAYS_INLINE void values_of(enum v4_kv kind, const float *p, size_t n_q, size_t p_stride,
+                             const void *v, size_t n_kv, size_t head_dim, float *out)
+{
+    for (size_t c = 0; c < head_dim; c += LANES) {
+        size_t i = 0;
+        for (; i + QUAD <= n_q; i += QUAD) {
+            value_tile(kind, p + i * p_stride, QUAD, p_stride, v, n_kv, head_dim, c,
+                       out + i * head_dim + c);
+        }
+        for (; i < n_q; i++) {
+            value_tile(kind, p + i * p_stride, 1, p_stride, v, n_kv, head_dim, c,
+                       out + i * head_dim + c);
+        }
+    }
+}
+
+#define KV_SLOTS(KIND, kind)                                                                      \
+    static void attn_scores_##kind(const float *q, size_t n_q, const void *k, size_t n_kv,        \
+                                   size_t head_dim, float scale, float *scores,                   \
+                                   size_t score_stride, const void *next)                         \
+    {                                                                                             \
+        (void)next;                                                                               \
+        scores_of(V4_KV_##KIND, q, n_q, k, n_kv, head_dim, scale, scores, score_stride);          \
+    }                                                                                             \
+    static void attn_values_##kind(const float *p, size_t n_q, size_t p_stride, const void *v,    \
+                                   size_t n_kv, size_t head_dim, float *out, const void *next)    \
+    {                                                                                             \
+        (void)next;                                                                               \
+        values_of(V4_KV_##KIND, p, n_q, p_stride, v, n_kv, head_dim, out);                        \
+    }
+KV_SLOTS(F16, f16)
+KV_SLOTS(BF16, bf16)
+#undef KV_SLOTS
 
 const struct v4_isa v4_isa_neon = {
     .name = "neon",
@@ -500,6 +580,6 @@ const struct v4_isa v4_isa_neon = {
     .gemm_i8 = gemm_i8,
     .gemm_f32 = gemm_f32,
     .quantize = quantize,
-    .attn_scores = attn_scores,
-    .attn_values = attn_values,
+    .attn_scores = {attn_scores_f16, attn_scores_bf16},
+    .attn_values = {attn_values_f16, attn_values_bf16},
 };

@@ -2,6 +2,7 @@
  * runs where none of them can. Products of blocks are integer within a group and float between
  * groups, so the sum over a group is the same in every entry. */
 #include <math.h>
+#include <string.h>
 
 #include "../include/v4.h"
 #include "../quant/blocks.h"
@@ -227,20 +228,161 @@ static void rope(enum v4_rope kind, float *x, size_t n_heads, size_t head_dim, c
     }
 }
 
-static void attn_scores(const float *q, size_t n_q, size_t q_stride, const uint16_t *k, size_t n_kv,
-                        size_t head_dim, float scale, float *scores, size_t score_stride)
+/* The value at `at` of a slab of numbers. */
+static float kv_value(enum v4_kv kind, const void *slab, size_t at)
 {
-    for (size_t i = 0; i < n_q; i++) {
-        for (size_t j = 0; j < n_kv; j++) {
-            float lane[LANES] = {0};
-            for (size_t c = 0; c < head_dim; c++) {
-                lane[c % LANES] += q[i * q_stride + c] * v4_f32_of_f16(k[j * head_dim + c]);
+    const uint16_t bits = ((const uint16_t *)slab)[at];
+    return kind == V4_KV_F16 ? v4_f32_of_f16(bits) : v4_f32_of_bf16(bits);
+}
+
+static void scores_of(enum v4_kv kind, const float *q, size_t n_q, const void *k, size_t n_kv,
+                      size_t head_dim, float scale, float *scores, size_t score_stride)
+{
+    const char *slab = k;
+    for (size_t j = 0; j < n_kv; j += V4_SLAB, slab += v4_slab_bytes(kind, head_dim)) {
+        for (size_t i = 0; i < n_q; i++) {
+            memset(scores + i * score_stride + j, 0, V4_SLAB * sizeof *scores);
+        }
+        for (size_t c = 0; c < head_dim; c++) {
+            float keys[V4_SLAB];
+            for (size_t t = 0; t < V4_SLAB; t++) {
+                keys[t] = kv_value(kind, slab, c * V4_SLAB + t);
             }
+            for (size_t i = 0; i < n_q; i++) {
+                float *sum = scores + i * score_stride + j;
+                for (size_t t = 0; t < V4_SLAB; t++) {
+                    sum[t] += q[i * head_dim + c] * keys[t];
+                }
+            }
+        }
+        for (size_t i = 0; i < n_q; i++) {
+            for (size_t t = 0; t < V4_SLAB; t++) {
+                scores[i * score_stride + j + t] *= scale;
+            }
+        }
+    }
+}
+
+static void values_of(enum v4_kv kind, const float *p, size_t n_q, size_t p_stride, const void *v,
+                      size_t n_kv, size_t head_dim, float *out)
+{
+    for (size_t j = 0; j < n_kv; j++) {
+        const char *slab = (const char *)v + j / V4_SLAB * v4_slab_bytes(kind, head_dim);
+        for (size_t c = 0; c < head_dim; c++) {
+            const float value = kv_value(kind, slab, j % V4_SLAB * head_dim + c);
+            for (size_t i = 0; i < n_q; i++) {
+                out[i * head_dim + c] += p[i * p_stride + j] * value;
+            }
+        }
+    }
+}
+
+#define KV_SLOTS(KIND, kind)                                                                      \
+    static void attn_scores_##kind(const float *q, size_t n_q, const void *k, size_t n_kv,        \
+                                   size_t head_dim, float scale, float *scores,                   \
+                                   size_t score_stride, const void *next)                         \
+    {                                                                                             \
+        (void)next;                                                                               \
+        scores_of(V4_KV_##KIND, q, n_q, k, n_kv, head_dim, scale, scores, score_stride);          \
+    }                                                                                             \
+    static void attn_values_##kind(const float *p, size_t n_q, size_t p_stride, const void *v,    \
+                                   size_t n_kv, size_t head_dim, float *out, const void *next)    \
+    {                                                                                             \
+        (void)next;                                                                               \
+        values_of(V4_KV_##KIND, p, n_q, p_stride, v, n_kv, head_dim, out);                        \
+    }
+KV_SLOTS(F16, f16)
+KV_SLOTS(BF16, bf16)
+#undef KV_SLOTS
+
+/* The scale of a slab's token `token` for the group of column c. */
+static float byte_scale(const char *slab, size_t head_dim, size_t c, size_t token)
+{
+    uint16_t half;
+    const size_t at = c / V4_KV_GROUP * V4_SLAB + token;
+    memcpy(&half, slab + V4_SLAB * head_dim + at * sizeof half, sizeof half);
+    return v4_f32_of_f16(half);
+}
+
+/* n values, times a scale each where there are any, to fifteen bits; gives what undoes it. */
+static float codes_of(const float *x, const float *scales, size_t n, int16_t *codes)
+{
+    int32_t most = 0;
+    for (size_t i = 0; i < n; i++) {
+        const int32_t bits = v4_magnitude_bits(scales ? x[i] * scales[i] : x[i]);
+        most = bits > most ? bits : most;
+    }
+    float max, scale;
+    memcpy(&max, &most, sizeof max);
+    const float inverse = v4_kv_inverse(max, &scale);
+    for (size_t i = 0; i < n; i++) {
+        const float code = (scales ? x[i] * scales[i] : x[i]) * inverse;
+        codes[i] = fabsf(code) < 32767.5f ? (int16_t)lrintf(code) : 0;
+    }
+    return scale;
+}
+
+static void attn_query(const float *q, size_t n_q, size_t head_dim, float *out)
+{
+    for (size_t i = 0; i < n_q; i++, q += head_dim, out += head_dim) {
+        for (size_t c = 0; c < head_dim; c += V4_KV_GROUP) {
+            int16_t codes[V4_KV_GROUP];
+            out[head_dim / 2 + c / V4_KV_GROUP] = codes_of(q + c, NULL, V4_KV_GROUP, codes);
+            memcpy((char *)out + c * sizeof *codes, codes, sizeof codes);
+        }
+    }
+}
+
+static void attn_scores_q8_0(const float *q, size_t n_q, const void *k, size_t n_kv,
+                             size_t head_dim, float scale, float *scores, size_t score_stride,
+                             const void *next)
+{
+    (void)next;
+    for (size_t i = 0; i < n_q; i++, q += head_dim) {
+        for (size_t j = 0; j < (n_kv + V4_SLAB - 1) / V4_SLAB * V4_SLAB; j++) {
+            const size_t token = j % V4_SLAB;
+            const char *slab =
+                (const char *)k + j / V4_SLAB * v4_slab_bytes(V4_KV_Q8_0, head_dim);
             float sum = 0;
-            for (size_t c = 0; c < LANES; c++) {
-                sum += lane[c];
+            for (size_t c = 0; c < head_dim; c += V4_KV_GROUP) {
+                int16_t codes[V4_KV_GROUP];
+                int32_t dot = 0;
+                memcpy(codes, (const char *)q + c * sizeof *codes, sizeof codes);
+                for (size_t n = 0; n < V4_KV_GROUP; n++) {
+                    const size_t at = ((c + n) / 2 * V4_SLAB + token) * 2 + n % 2;
+                    dot += codes[n] * (int8_t)slab[at];
+                }
+                const float own = q[head_dim / 2 + c / V4_KV_GROUP];
+                sum += (float)dot * (byte_scale(slab, head_dim, c, token) * own);
             }
             scores[i * score_stride + j] = scale * sum;
+        }
+    }
+}
+
+static void attn_values_q8_0(const float *p, size_t n_q, size_t p_stride, const void *v,
+                             size_t n_kv, size_t head_dim, float *out, const void *next)
+{
+    (void)next;
+    const size_t bytes = v4_slab_bytes(V4_KV_Q8_0, head_dim);
+    const char *slabs = v;
+    for (size_t c = 0; c < head_dim; c += V4_KV_GROUP) {
+        float scales[V4_KV_TOKENS];
+        for (size_t j = 0; j < n_kv; j++) {
+            scales[j] = byte_scale(slabs + j / V4_SLAB * bytes, head_dim, c, j % V4_SLAB);
+        }
+        for (size_t i = 0; i < n_q; i++) {
+            int16_t codes[V4_KV_TOKENS];
+            const float scale = codes_of(p + i * p_stride, scales, n_kv, codes);
+            for (size_t n = c; n < c + V4_KV_GROUP; n++) {
+                int32_t dot = 0;
+                for (size_t j = 0; j < n_kv; j++) {
+                    const size_t token = j % V4_SLAB;
+                    const size_t at = (token / 2 * head_dim + n) * 2 + token % 2;
+                    dot += codes[j] * (int8_t)slabs[j / V4_SLAB * bytes + at];
+                }
+                out[i * head_dim + n] += (float)dot * scale;
+            }
         }
     }
 }
@@ -263,18 +405,6 @@ static void join(float *x, float a, const float *y, float b, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         x[i] = a * x[i] + b * y[i];
-    }
-}
-
-static void attn_values(const float *p, size_t n_q, size_t p_stride, const uint16_t *v, size_t n_kv,
-                        size_t head_dim, float *out, size_t out_stride)
-{
-    for (size_t j = 0; j < n_kv; j++) {
-        for (size_t i = 0; i < n_q; i++) {
-            for (size_t c = 0; c < head_dim; c++) {
-                out[i * out_stride + c] += p[i * p_stride + j] * v4_f32_of_f16(v[j * head_dim + c]);
-            }
-        }
     }
 }
 
@@ -341,10 +471,11 @@ const struct v4_isa v4_isa_portable = {
     .quantize = quantize,
     .rms_norm = rms_norm,
     .rope = rope,
-    .attn_scores = attn_scores,
+    .attn_query = attn_query,
+    .attn_scores = {attn_scores_f16, attn_scores_bf16, attn_scores_q8_0},
+    .attn_values = {attn_values_f16, attn_values_bf16, attn_values_q8_0},
     .softmax_tile = softmax_tile,
     .join = join,
-    .attn_values = attn_values,
     .gated = gated,
     .soft_cap = soft_cap,
     .add = add,

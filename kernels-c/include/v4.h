@@ -29,6 +29,12 @@
 #define V4_GEMV_TOKENS 8
 /* Rows of a whole panel. The last one of a matrix may have fewer. */
 #define V4_PANEL_ROWS 32
+/* Tokens whose keys (or values) of a head lie together: see enum v4_kv. */
+#define V4_SLAB 16
+/* Codes of keys and values that share a scale. */
+#define V4_KV_GROUP 32
+/* Tokens whose bytes are summed as integers, at most: 256 x 127 x 32767 fits 31 bits. */
+#define V4_KV_TOKENS 256
 
 _Static_assert(CHAR_BIT == 8 && sizeof(float) == 4, "octets and IEEE single precision");
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -50,6 +56,33 @@ enum v4_status {
 
 /* The functions of a gated feed-forward: device.rs `Activation`. */
 enum v4_activation { V4_SILU = 0, V4_GELU_TANH = 1 };
+
+/* How keys and values are kept: device.rs `KvType`. Those of one head lie in slabs of V4_SLAB
+ * tokens, each slab whole, of v4_slab_bytes, and one after another:
+ *   F16, BF16  keys [head_dim][V4_SLAB], values [V4_SLAB][head_dim]
+ *   Q8_0       int8 codes in pairs that are multiplied together: keys [head_dim / 2][V4_SLAB][2],
+ *              values [V4_SLAB / 2][head_dim][2]; then their scales in half precision,
+ *              [head_dim / V4_KV_GROUP][V4_SLAB]. head_dim is a multiple of V4_KV_GROUP.
+ * Keys are turned so that a vector holds the same columns of sixteen tokens, and no sum of theirs
+ * runs across a vector. */
+enum v4_kv { V4_KV_F16 = 0, V4_KV_BF16 = 1, V4_KV_Q8_0 = 2 };
+#define V4_N_KV 3
+
+/* Bytes of a slab. */
+static inline size_t v4_slab_bytes(enum v4_kv kind, size_t head_dim)
+{
+    const size_t codes = V4_SLAB * head_dim;
+    return kind == V4_KV_Q8_0 ? codes + codes / V4_KV_GROUP * 2 : 2 * codes;
+}
+
+/* What brings magnitudes up to `max` to fifteen bits, and the scale that undoes it; both are 0
+ * where there is nothing to speak of. NaN stays NaN. */
+static inline float v4_kv_inverse(float max, float *scale)
+{
+    const int nothing = max < 1e-30f;
+    *scale = nothing ? 0 : max / 32767;
+    return nothing ? 0 : 32767 / max;
+}
 
 /* What a rotary embedding turns together: device.rs `RopeKind`. */
 enum v4_rope { V4_ROPE_ADJACENT = 0, V4_ROPE_HALVES = 1 };
@@ -101,6 +134,35 @@ typedef void v4_gemv_fn(const void *w, size_t row_bytes, size_t rows, const stru
  *   panel  [panel_bytes(quant, cols)], aligned to V4_ALIGN */
 typedef void v4_panel_fn(const void *w, size_t row_bytes, size_t rows, size_t cols, void *panel);
 
+/* scores[i][j] = scale * sum over c of q[i][c] * k[j][c]; q[i] are the query heads that share the
+ * KV head, of one row or of several. A sum runs over c in order, so a score does not depend on what
+ * else is computed with it.
+ *
+ * Q8_0 takes what attn_query made of the queries. For each group of columns in order,
+ *     sum = fma(dot, scale of k * scale of q, sum)
+ * with dot the exact integer as a float.
+ *   q       [n_q][head_dim]
+ *   k       slabs that hold the keys of n_kv tokens
+ *   scores  [n_q][n_kv], rows score_stride floats apart; n_kv up to the next multiple of V4_SLAB is
+ *           written, from what is there in the last slab
+ *   next    slabs that will be read next, as many: they are brought nearer. NULL for none. */
+typedef void v4_attn_scores_fn(const float *q, size_t n_q, const void *k, size_t n_kv,
+                               size_t head_dim, float scale, float *scores, size_t score_stride,
+                               const void *next);
+
+/* out[i][c] += sum over j of p[i][j] * v[j][c], in the order of j.
+ *
+ * For Q8_0 n_kv is V4_KV_TOKENS at most. For each group of columns, p times the scales of v is
+ * brought to fifteen bits as a query is, and
+ *     out = fma(dot, scale, out)
+ * with dot the exact integer as a float. A p of 0 changes nothing.
+ *   p     [n_q][n_kv], rows p_stride floats apart
+ *   v     slabs that hold the values of n_kv tokens
+ *   out   [n_q][head_dim]
+ *   next  as for scores */
+typedef void v4_attn_values_fn(const float *p, size_t n_q, size_t p_stride, const void *v,
+                               size_t n_kv, size_t head_dim, float *out, const void *next);
+
 /* An instruction set: what it does well. A NULL slot inherits the entry before it in cpu/all.h;
  * portable has all. v4_isa_open gives tables without NULL, but for the float formats' `panel`. */
 struct v4_isa {
@@ -141,13 +203,16 @@ struct v4_isa {
     void (*rope)(enum v4_rope kind, float *x, size_t n_heads, size_t head_dim, const float *cos,
                  const float *sin, size_t n_pairs);
 
-    /* scores[i][j] = scale * sum over c of q[i][c] * k[j][c].
-     *   q       [n_q][head_dim], rows q_stride floats apart: the heads that share a KV head
-     *   k       [n_kv][head_dim], half precision
-     *   scores  [n_q][n_kv], rows score_stride floats apart */
-    void (*attn_scores)(const float *q, size_t n_q, size_t q_stride, const uint16_t *k,
-                        size_t n_kv, size_t head_dim, float scale, float *scores,
-                        size_t score_stride);
+    /* Queries for keys in bytes: each group of V4_KV_GROUP columns in fifteen bits with a scale,
+     * x about code * scale, to nearest.
+     *   q    [n_q][head_dim]
+     *   out  [n_q][head_dim]: int16 [head_dim], then float [head_dim / V4_KV_GROUP] from the
+     *        middle of the row */
+    void (*attn_query)(const float *q, size_t n_q, size_t head_dim, float *out);
+
+    /* Indexed by enum v4_kv. */
+    v4_attn_scores_fn *attn_scores[V4_N_KV];
+    v4_attn_values_fn *attn_values[V4_N_KV];
 
     /* x = e^(x - max x) in place, and what a softmax over several tiles needs beside it. A tile of
      * nothing but -infinity becomes zeros, with sum 0 and max -infinity. NaN stays NaN, makes the
@@ -159,13 +224,6 @@ struct v4_isa {
     /* x = a * x + b * y: joins two tiles.
      *   x, y  [n] */
     void (*join)(float *x, float a, const float *y, float b, size_t n);
-
-    /* out[i][c] += sum over j of p[i][j] * v[j][c].
-     *   p    [n_q][n_kv], rows p_stride floats apart
-     *   v    [n_kv][head_dim], half precision
-     *   out  [n_q][head_dim], rows out_stride floats apart */
-    void (*attn_values)(const float *p, size_t n_q, size_t p_stride, const uint16_t *v,
-                        size_t n_kv, size_t head_dim, float *out, size_t out_stride);
 
     /* gate = activation(gate) * up.
      *   gate, up  [n] */

@@ -2,6 +2,7 @@
 //! job a call of C.
 
 mod attention;
+mod cache;
 #[cfg(test)]
 mod conformance;
 mod experts;
@@ -243,24 +244,9 @@ impl Device for Cpu {
         v: &Buffer,
         slots: &[u32],
     ) -> Result {
-        let KvShape { n_layers, n_kv_heads, head_dim, block_tokens, .. } = kv.shape;
-        let n_blocks = kv.n_blocks;
-        assert!(layer < n_layers);
         let (Buffer::Host(k), Buffer::Host(v)) = (k, v);
-        let len = slots.len() * n_kv_heads * head_dim;
-        let (k, v) = (&k.floats()[..len], &v.floats()[..len]);
-        let (keys, values) = kv.data.both_mut();
-        for (row, &slot) in slots.iter().enumerate() {
-            let (block, offset) = (slot as usize / block_tokens, slot as usize % block_tokens);
-            assert!(block < n_blocks, "slot {slot} of {n_blocks} blocks");
-            for head in 0..n_kv_heads {
-                let from = (row * n_kv_heads + head) * head_dim;
-                let head = (layer * n_blocks + block) * n_kv_heads + head;
-                let to = (head * block_tokens + offset) * head_dim;
-                self.isa.f16_from_f32(&k[from..from + head_dim], &mut keys[to..to + head_dim]);
-                self.isa.f16_from_f32(&v[from..from + head_dim], &mut values[to..to + head_dim]);
-            }
-        }
+        let len = slots.len() * kv.shape.n_kv_heads * kv.shape.head_dim;
+        self.store(kv, layer, (&k.floats()[..len], &v.floats()[..len]), slots);
         Ok(())
     }
 
@@ -296,17 +282,7 @@ impl Device for Cpu {
     }
 
     fn kv_copy(&mut self, kv: &mut KvCache, pairs: &[(u32, u32)]) -> Result {
-        let KvShape { n_layers, n_kv_heads, head_dim, block_tokens, .. } = kv.shape;
-        let (block, n_blocks) = (n_kv_heads * head_dim * block_tokens, kv.n_blocks);
-        let (keys, values) = kv.data.both_mut();
-        for &(from, to) in pairs {
-            assert!((from as usize) < n_blocks && (to as usize) < n_blocks, "{from} to {to}");
-            for layer in 0..n_layers {
-                let at = |index: u32| (layer * n_blocks + index as usize) * block;
-                keys.copy_within(at(from)..at(from) + block, at(to));
-                values.copy_within(at(from)..at(from) + block, at(to));
-            }
-        }
+        Self::copy_blocks(kv, pairs);
         Ok(())
     }
 }

@@ -5,7 +5,10 @@
 //! are written in these operations once; [`crate::Cpu`] implements them, a GPU will. Wrong shapes
 //! are our own mistake and panic; what a device may fail at is a [`DeviceError`].
 
-use crate::{Bytes, Quant};
+use crate::{Bytes, Quant, ffi};
+
+/// Values of [`KvType::Q8_0`] that share a scale.
+const KV_GROUP: usize = ffi::V4_KV_GROUP as usize;
 
 /// What a device can fail at.
 #[derive(Debug, thiserror::Error)]
@@ -90,18 +93,50 @@ impl Buffer {
     }
 }
 
-/// How a key or value is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum KvType {
-    /// IEEE half precision.
+    /// IEEE half precision; what is beyond its range (65504) is kept as the largest of it.
+    #[default]
     F16,
+    /// The upper half of a float: the range of one, 8 bits of precision.
+    Bf16,
+    /// Bytes, 32 of a head with a half-precision scale: GGUF's `Q8_0`, 34 bytes for 32 values. Half
+    /// the memory, and half of what a step reads.
+    Q8_0,
 }
 
 impl KvType {
-    /// Bytes of `n` values.
+    /// All of them.
+    pub const ALL: [KvType; 3] = [KvType::F16, KvType::Bf16, KvType::Q8_0];
+
+    /// The name that settings use.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::Bf16 => "bf16",
+            KvType::Q8_0 => "q8_0",
+        }
+    }
+
+    /// The one of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Values of a head that share a scale: heads are whole groups.
+    pub fn group(self) -> usize {
+        match self {
+            KvType::F16 | KvType::Bf16 => 1,
+            KvType::Q8_0 => KV_GROUP,
+        }
+    }
+
+    /// Bytes of `n` values, whole groups.
     pub fn bytes(self, n: usize) -> usize {
         match self {
-            KvType::F16 => 2 * n,
+            KvType::F16 | KvType::Bf16 => 2 * n,
+            KvType::Q8_0 => n + n / KV_GROUP * size_of::<u16>(),
         }
     }
 }
@@ -115,9 +150,9 @@ pub struct KvShape {
     pub n_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Tokens of a block.
+    /// Tokens of a block; a multiple of 16 where there are blocks.
     pub block_tokens: usize,
-    /// How a value is stored.
+    /// How keys and values are stored.
     pub kv_type: KvType,
 }
 
@@ -129,7 +164,7 @@ impl KvShape {
 }
 
 /// Keys and values of all sequences, in blocks. Within a layer and a block each head's keys (and
-/// values) lie together: `[layer][block][kv head][token][head_dim]`.
+/// values) lie together, `[layer][block][kv head]`, in an order that is the device's own.
 #[derive(Debug)]
 pub struct KvCache {
     /// Its shape.
@@ -285,7 +320,8 @@ pub trait Device: Send {
     /// `len` zeros.
     fn buffer(&self, len: usize) -> Result<Buffer>;
 
-    /// An empty KV cache of `n_blocks` blocks.
+    /// An empty KV cache of `n_blocks` blocks. [`DeviceError::Unavailable`] when heads are not
+    /// whole groups of the type.
     fn kv_cache(&self, shape: KvShape, n_blocks: usize) -> Result<KvCache>;
 
     /// Copies `from` to `to[at..]`.

@@ -9,6 +9,10 @@ pub const V4_ACT_GROUP : u32 = 32 ;
 pub const V4_SUM_GROUP : u32 = 16 ;
 pub const V4_GEMV_TOKENS : u32 = 8 ;
 pub const V4_PANEL_ROWS : u32 = 32 ;
+pub const V4_SLAB : u32 = 16 ;
+pub const V4_KV_GROUP : u32 = 32 ;
+pub const V4_KV_TOKENS : u32 = 256 ;
+pub const V4_N_KV : u32 = 3 ;
 impl Quant {
     pub const F32 : Quant = Quant (0) ;
     pub const F16 : Quant = Quant (1) ;
@@ -49,6 +53,12 @@ impl v4_activation {
     pub const GELU_TANH : v4_activation = v4_activation (1) ;
 }
 # [repr (transparent)] # [derive (Debug , Copy , Clone , Hash , PartialEq , Eq)] pub struct v4_activation (pub :: core :: ffi :: c_uint) ;
+impl v4_kv {
+    pub const KV_F16 : v4_kv = v4_kv (0) ;
+    pub const KV_BF16 : v4_kv = v4_kv (1) ;
+    pub const KV_Q8_0 : v4_kv = v4_kv (2) ;
+}
+# [repr (transparent)] # [derive (Debug , Copy , Clone , Hash , PartialEq , Eq)] pub struct v4_kv (pub :: core :: ffi :: c_uint) ;
 impl v4_rope {
     pub const ROPE_ADJACENT : v4_rope = v4_rope (0) ;
     pub const ROPE_HALVES : v4_rope = v4_rope (1) ;
@@ -73,6 +83,8 @@ impl v4_rope {
 pub type v4_dequant_row_fn = :: core :: option :: Option < unsafe extern "C" fn (w : * const :: core :: ffi :: c_void , cols : usize , out : * mut f32) > ;
 pub type v4_gemv_fn = :: core :: option :: Option < unsafe extern "C" fn (w : * const :: core :: ffi :: c_void , row_bytes : usize , rows : usize , x : * const v4_act , out : * mut f32 , out_stride : usize) > ;
 pub type v4_panel_fn = :: core :: option :: Option < unsafe extern "C" fn (w : * const :: core :: ffi :: c_void , row_bytes : usize , rows : usize , cols : usize , panel : * mut :: core :: ffi :: c_void) > ;
+pub type v4_attn_scores_fn = :: core :: option :: Option < unsafe extern "C" fn (q : * const f32 , n_q : usize , k : * const :: core :: ffi :: c_void , n_kv : usize , head_dim : usize , scale : f32 , scores : * mut f32 , score_stride : usize , next : * const :: core :: ffi :: c_void) > ;
+pub type v4_attn_values_fn = :: core :: option :: Option < unsafe extern "C" fn (p : * const f32 , n_q : usize , p_stride : usize , v : * const :: core :: ffi :: c_void , n_kv : usize , head_dim : usize , out : * mut f32 , next : * const :: core :: ffi :: c_void) > ;
 # [repr (C)] # [derive (Debug , Copy , Clone)] pub struct v4_isa {
     pub name : * const :: core :: ffi :: c_char ,
     pub dequant_row : [v4_dequant_row_fn ; 41usize] ,
@@ -84,10 +96,11 @@ pub type v4_panel_fn = :: core :: option :: Option < unsafe extern "C" fn (w : *
     pub quantize : :: core :: option :: Option < unsafe extern "C" fn (x : * const f32 , cols : usize , q : * mut i8 , d : * mut f32 , sum : * mut i16) > ,
     pub rms_norm : :: core :: option :: Option < unsafe extern "C" fn (x : * const f32 , weight : * const f32 , n : usize , eps : f32 , out : * mut f32) > ,
     pub rope : :: core :: option :: Option < unsafe extern "C" fn (kind : v4_rope , x : * mut f32 , n_heads : usize , head_dim : usize , cos : * const f32 , sin : * const f32 , n_pairs : usize) > ,
-    pub attn_scores : :: core :: option :: Option < unsafe extern "C" fn (q : * const f32 , n_q : usize , q_stride : usize , k : * const u16 , n_kv : usize , head_dim : usize , scale : f32 , scores : * mut f32 , score_stride : usize) > ,
+    pub attn_query : :: core :: option :: Option < unsafe extern "C" fn (q : * const f32 , n_q : usize , head_dim : usize , out : * mut f32) > ,
+    pub attn_scores : [v4_attn_scores_fn ; 3usize] ,
+    pub attn_values : [v4_attn_values_fn ; 3usize] ,
     pub softmax_tile : :: core :: option :: Option < unsafe extern "C" fn (x : * mut f32 , n : usize , max : * mut f32 , sum : * mut f32) > ,
     pub join : :: core :: option :: Option < unsafe extern "C" fn (x : * mut f32 , a : f32 , y : * const f32 , b : f32 , n : usize) > ,
-    pub attn_values : :: core :: option :: Option < unsafe extern "C" fn (p : * const f32 , n_q : usize , p_stride : usize , v : * const u16 , n_kv : usize , head_dim : usize , out : * mut f32 , out_stride : usize) > ,
     pub gated : :: core :: option :: Option < unsafe extern "C" fn (kind : v4_activation , gate : * mut f32 , up : * const f32 , n : usize) > ,
     pub soft_cap : :: core :: option :: Option < unsafe extern "C" fn (x : * mut f32 , n : usize , cap : f32) > ,
     pub add : :: core :: option :: Option < unsafe extern "C" fn (x : * mut f32 , y : * const f32 , n : usize) > ,

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use v4_kernels::{Cpu, cpu::CpuOptions};
-use v4_proto::frame::{LoadOptions, Stage};
+use v4_kernels::{Cpu, KvType, cpu::CpuOptions};
+use v4_proto::frame::{self, LoadOptions, Stage};
 use v4_proto::{ModelFiles, ModelInfo};
 
 use crate::Error;
@@ -41,15 +41,24 @@ pub fn load(
     let threads = options.threads as usize;
     let cpu = Cpu::open(&CpuOptions { threads, isa: options.isa.clone() })?;
     let model = Model::open(files, Box::new(cpu), progress)?;
+    let model = model.with_kv_type(kv_type(options.kv_type))?;
     let info = model.info().clone();
     let context = options.context.min(info.context_length).max(1);
     let prepare = Arc::new(Prepare::new(model.meta(), files.chat_template.as_deref(), context)?);
     let memory_bytes = info
         .weight_bytes
         .saturating_add(model.scratch_bytes())
-        .saturating_add(kv_bytes(options.slots, context, info.kv_bytes_per_token));
+        .saturating_add(kv_bytes(options.slots, context, model.kv_bytes_per_token()));
     let engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
     Ok(Loaded { prepare, engine, info, context, memory_bytes })
+}
+
+fn kv_type(wanted: frame::KvType) -> KvType {
+    match wanted {
+        frame::KvType::F16 => KvType::F16,
+        frame::KvType::Bf16 => KvType::Bf16,
+        frame::KvType::Q8_0 => KvType::Q8_0,
+    }
 }
 
 /// Bytes of the KV cache of `slots` sequences of `context` tokens. Counts come from others: where
@@ -62,6 +71,16 @@ fn kv_bytes(slots: u32, context: u32, bytes_per_token: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn both_columns_count_the_same_bytes() {
+        for wanted in frame::KvType::ALL {
+            let kind = kv_type(wanted);
+            assert_eq!(kind.name(), wanted.name());
+            let half = KvType::F16.bytes(1 << 20) as u64;
+            assert_eq!(kind.bytes(1 << 20) as u64, wanted.bytes(half));
+        }
+    }
 
     #[test]
     fn the_kv_cache_is_counted_in_whole_blocks_and_never_overflows() {

@@ -1,6 +1,6 @@
 //! A model on a device: rows of tokens in, logits out.
 
-use v4_kernels::{Device, KvCache, KvShape, Span};
+use v4_kernels::{Device, KvCache, KvShape, KvType, Span};
 use v4_proto::frame::Stage;
 use v4_proto::{ModelFiles, ModelInfo};
 
@@ -41,6 +41,7 @@ pub struct Model {
     scratch: Scratch,
     meta: Meta,
     info: ModelInfo,
+    kv_type: KvType,
 }
 
 impl Model {
@@ -74,7 +75,21 @@ impl Model {
         binder.finish()?;
         let scratch = decoder.scratch(&*device, PASS_ROWS)?;
         let info = inspect::info(file)?;
-        Ok(Self { device, decoder, scratch, meta: file.meta.clone(), info })
+        let kv_type = KvType::default();
+        Ok(Self { device, decoder, scratch, meta: file.meta.clone(), info, kv_type })
+    }
+
+    /// The same with keys and values kept as `kv_type`, not in half precision.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when its heads are not whole groups of the type.
+    pub fn with_kv_type(self, kv_type: KvType) -> Result<Self, Error> {
+        let head_dim = self.config().head_dim;
+        if head_dim.is_multiple_of(kv_type.group()) {
+            return Ok(Self { kv_type, ..self });
+        }
+        let kind = kv_type.name();
+        Err(Error::unsupported(format!("{kind} keys and values of heads {head_dim} wide")))
     }
 
     /// The numbers of the model.
@@ -104,7 +119,12 @@ impl Model {
 
     /// The shape of its KV cache.
     pub fn kv_shape(&self) -> KvShape {
-        self.config().kv_shape()
+        KvShape { kv_type: self.kv_type, ..self.config().kv_shape() }
+    }
+
+    /// Bytes of keys and values for a token over all layers.
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        KvShape { block_tokens: 1, ..self.kv_shape() }.block_bytes() as u64
     }
 
     /// Bytes that activations take while it runs.

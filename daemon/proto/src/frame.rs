@@ -5,6 +5,8 @@
 //! input or output: both ends read eight bytes, ask [`Lengths::parse`] how much follows, and hand
 //! what they read to [`decode`].
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{Delta, Done, Fault, Generate, Inspection, ModelFiles, ModelInfo, limits};
@@ -19,6 +21,50 @@ pub const BUILD: &str = env!("CARGO_PKG_VERSION");
 /// Which request of a runner a frame belongs to. The daemon numbers them.
 pub type RequestId = u64;
 
+/// How a model's keys and values are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvType {
+    /// Half precision.
+    #[default]
+    F16,
+    /// The range of a float with 8 bits of precision, in as many bytes.
+    Bf16,
+    /// Bytes with a scale for each 32: about half of half precision.
+    Q8_0,
+}
+
+impl KvType {
+    /// All of them.
+    pub const ALL: [KvType; 3] = [KvType::F16, KvType::Bf16, KvType::Q8_0];
+
+    /// The name that settings use.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::Bf16 => "bf16",
+            KvType::Q8_0 => "q8_0",
+        }
+    }
+
+    /// Bytes of what takes `half_bytes` in half precision.
+    pub fn bytes(self, half_bytes: u64) -> u64 {
+        match self {
+            KvType::F16 | KvType::Bf16 => half_bytes,
+            KvType::Q8_0 => half_bytes.div_ceil(64).saturating_mul(34),
+        }
+    }
+}
+
+impl FromStr for KvType {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        known.ok_or_else(|| format!("{name:?} is not f16, bf16 or q8_0"))
+    }
+}
+
 /// How a model is put on a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadOptions {
@@ -30,6 +76,9 @@ pub struct LoadOptions {
     pub slots: u32,
     /// Threads for kernels; 0 is one a physical core this process may use.
     pub threads: u32,
+    /// How keys and values are kept.
+    #[serde(default)]
+    pub kv_type: KvType,
     /// An instruction set by name instead of the best one of this machine (tests, `--isa`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isa: Option<String>,
@@ -277,6 +326,22 @@ mod tests {
             fault: Fault::new(Code::ContextOverflow, "too long"),
         });
         round_trip(&FromRunner::Stats(Stats { steps: 4, ..Stats::default() }));
+    }
+
+    #[test]
+    fn a_kv_type_has_one_name_and_costs_what_its_blocks_do() {
+        for kind in KvType::ALL {
+            assert_eq!(kind.name().parse(), Ok(kind));
+            assert_eq!(serde_json::to_value(kind).expect("encodes"), kind.name());
+        }
+        assert!("f32".parse::<KvType>().is_err());
+        // 16 layers of 8 heads of 64, keys and values.
+        let half = 2 * 2 * 16 * 8 * 64;
+        assert_eq!(KvType::ALL.map(|kind| kind.bytes(half)), [half, half, half / 64 * 34]);
+        assert_eq!(KvType::Q8_0.bytes(u64::MAX), u64::MAX / 64 * 34 + 34);
+        let old = r#"{"device":"cpu","context":1,"slots":1,"threads":1}"#;
+        let options: LoadOptions = serde_json::from_str(old).expect("decodes");
+        assert_eq!(options.kv_type, KvType::F16);
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub struct ModelInfo {
     pub n_layers: u32,
     /// Bytes of all tensors.
     pub weight_bytes: u64,
-    /// Bytes of KV for each token of context.
+    /// Bytes of keys and values in half precision for each token of context.
     pub kv_bytes_per_token: u64,
     /// What it can do.
     pub abilities: Vec<Ability>,

@@ -11,7 +11,7 @@ use std::{
 use v4_proto::{
     Code, Delta, Done, Event, Finish, Input, Inspection, ModelFiles, ModelInfo, SamplingParams,
     Usage,
-    frame::{LENGTHS_BYTES, Lengths, LoadOptions, Stage},
+    frame::{KvType, LENGTHS_BYTES, Lengths, LoadOptions, Stage},
 };
 
 use super::*;
@@ -149,7 +149,14 @@ fn vast() -> String {
 }
 
 fn options() -> LoadOptions {
-    LoadOptions { device: "cpu".into(), context: 64, slots: 2, threads: 1, isa: None }
+    LoadOptions {
+        device: "cpu".into(),
+        context: 64,
+        slots: 2,
+        threads: 1,
+        kv_type: KvType::F16,
+        isa: None,
+    }
 }
 
 fn files(path: &str) -> ModelFiles {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use tracing::level_filters::LevelFilter;
-use v4_proto::paths;
+use v4_proto::{frame::KvType, paths};
 use v4_supervisor::KeepAlive;
 
 use crate::{api::keep_alive, error::Error};
@@ -44,6 +44,9 @@ pub struct Config {
     pub slots: u32,
     /// Threads for the arithmetic of one model (`V4_THREADS`); 0 is one a physical core.
     pub threads: u32,
+    /// How keys and values are kept (`V4_KV_TYPE`): `f16`, `bf16` (the range of a float, less
+    /// precise), or `q8_0` (about half the memory, and faster at long contexts).
+    pub kv_type: KvType,
     /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
     pub max_queue: usize,
     /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
@@ -106,6 +109,7 @@ impl Config {
             context: number("V4_CONTEXT", text("V4_CONTEXT"), DEFAULT_CONTEXT)?.max(64),
             slots: number("V4_SLOTS", text("V4_SLOTS"), DEFAULT_SLOTS)?.max(1),
             threads: number("V4_THREADS", text("V4_THREADS"), 0)?,
+            kv_type: number("V4_KV_TYPE", text("V4_KV_TYPE"), KvType::F16)?,
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
@@ -154,6 +158,7 @@ fn number<T: FromStr>(
 ) -> Result<T, Error> {
     let Some(value) = value else { return Ok(default) };
     let expected = match setting {
+        "V4_KV_TYPE" => "f16, bf16 or q8_0",
         "V4_LOG" => "error, warn, info, debug, trace or off",
         _ => "a whole number",
     };
@@ -216,6 +221,7 @@ mod tests {
             ("V4_CONTEXT", "2048"),
             ("V4_SLOTS", "7"),
             ("V4_THREADS", "3"),
+            ("V4_KV_TYPE", "q8_0"),
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
@@ -232,6 +238,7 @@ mod tests {
             context: 2048,
             slots: 7,
             threads: 3,
+            kv_type: KvType::Q8_0,
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
@@ -285,6 +292,7 @@ mod tests {
             ("V4_CONTEXT", "-1"),
             ("V4_MEMORY", "lots"),
             ("V4_MEMORY", "99999999999G"),
+            ("V4_KV_TYPE", "f32"),
             ("V4_LOG", "loud"),
         ] {
             let error = load(&Given::default(), &[("HOME", "/u"), (name, value)]);

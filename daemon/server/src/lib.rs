@@ -105,6 +105,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         context: config.context,
         slots: config.slots,
         threads: config.threads,
+        kv_type: config.kv_type,
         ..base
     };
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));

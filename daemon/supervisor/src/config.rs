@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use v4_proto::frame::KvType;
 use v4_proto::{Digest, ModelFiles, ModelInfo, ModelName};
 
 /// How long a model stays loaded after its last answer.
@@ -37,6 +38,8 @@ pub struct SupervisorConfig {
     pub slots: u32,
     /// Threads for kernels; 0 is one a physical core.
     pub threads: u32,
+    /// How keys and values are kept.
+    pub kv_type: KvType,
     /// An instruction set by name instead of the machine's best.
     pub isa: Option<String>,
     /// Whether one more runner is kept started, so that a load does not wait for a process.
@@ -53,6 +56,7 @@ impl Default for SupervisorConfig {
             context: 4096,
             slots: 4,
             threads: 0,
+            kv_type: KvType::F16,
             isa: None,
             spare: true,
         }

@@ -11,7 +11,10 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep_until},
 };
-use v4_proto::{Event as Answered, Fault, ModelInfo, ModelName, frame::LoadOptions};
+use v4_proto::{
+    Event as Answered, Fault, ModelInfo, ModelName,
+    frame::{KvType, LoadOptions},
+};
 use v4_store::Lease;
 
 use crate::{
@@ -80,6 +83,7 @@ pub(crate) struct Owner {
     started: Instant,
     launch: Launch,
     threads: u32,
+    kv_type: KvType,
     isa: Option<String>,
     links: HashMap<RunnerId, Linked>,
     clients: HashMap<AskId, Client>,
@@ -96,6 +100,7 @@ impl Owner {
             max_queue: config.max_queue,
             slots: config.slots,
             context: config.context,
+            kv_type: config.kv_type,
             spare: config.spare,
             keep_alive: config.keep_alive,
         };
@@ -106,6 +111,7 @@ impl Owner {
             started: Instant::now(),
             launch,
             threads: config.threads,
+            kv_type: config.kv_type,
             isa: config.isa.clone(),
             links: HashMap::new(),
             clients: HashMap::new(),
@@ -246,6 +252,7 @@ impl Owner {
             context: model.context,
             slots: model.slots,
             threads: self.threads,
+            kv_type: self.kv_type,
             isa: self.isa.clone(),
         };
         self.tell(runner, Command::Load { files: model.target.files.clone(), options });

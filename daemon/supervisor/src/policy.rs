@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use v4_proto::{Code, Fault, ModelFiles, ModelInfo, ModelName};
+use v4_proto::{Code, Fault, ModelFiles, ModelInfo, ModelName, frame::KvType};
 
 use crate::{KeepAlive, Target, limits};
 
@@ -47,6 +47,8 @@ pub struct Rules {
     pub slots: u32,
     /// Tokens of context a sequence gets.
     pub context: u32,
+    /// How keys and values are kept.
+    pub kv_type: KvType,
     /// Whether a started runner is kept ready.
     pub spare: bool,
     /// For loads that nobody asked for by a request.
@@ -65,7 +67,7 @@ impl Rules {
     /// Bytes of a model with `slots` sequences: weights, KV and scratch.
     fn bytes(&self, info: &ModelInfo, slots: u32) -> u64 {
         let tokens = u64::from(self.context(info)) * u64::from(slots);
-        let kv = info.kv_bytes_per_token.saturating_mul(tokens);
+        let kv = self.kv_type.bytes(info.kv_bytes_per_token).saturating_mul(tokens);
         info.weight_bytes.saturating_add(kv).saturating_add(limits::SCRATCH_BYTES)
     }
 

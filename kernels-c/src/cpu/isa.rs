@@ -1,9 +1,9 @@
 //! The C functions of one instruction set, each behind the checks that C does not make.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 
-use super::memory::Tile;
-use crate::device::{Activation, DeviceError, Result, RopeKind};
+use super::memory::{SLAB, Tile};
+use crate::device::{Activation, DeviceError, KvType, Result, RopeKind};
 use crate::quant::Quant;
 use crate::{device, ffi};
 
@@ -95,6 +95,43 @@ impl<'a> Rows<'a> {
 
     fn row_bytes(&self) -> usize {
         self.quant.row_bytes(self.cols).expect("a Matrix has whole blocks")
+    }
+}
+
+/// Keys, or values, of one head: `n_kv` tokens from the start of a slab.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slabs<'a> {
+    pub(super) kv_type: KvType,
+    pub(super) head_dim: usize,
+    pub(super) n_kv: usize,
+    /// Whole slabs.
+    pub(super) bytes: &'a [u8],
+}
+
+impl Slabs<'_> {
+    fn kind(&self) -> usize {
+        let kind = match self.kv_type {
+            KvType::F16 => ffi::v4_kv::KV_F16,
+            KvType::Bf16 => ffi::v4_kv::KV_BF16,
+            KvType::Q8_0 => ffi::v4_kv::KV_Q8_0,
+        };
+        kind.0 as usize
+    }
+
+    fn check(&self) {
+        let tokens = self.n_kv.next_multiple_of(SLAB);
+        assert!(self.head_dim.is_multiple_of(self.kv_type.group()));
+        assert_eq!(self.bytes.len(), self.kv_type.bytes(tokens * self.head_dim));
+    }
+
+    fn start(&self) -> *const c_void {
+        self.bytes.as_ptr().cast()
+    }
+
+    /// Where `next` starts, if there is one that is as long as this.
+    fn next(&self, next: Option<&Slabs<'_>>) -> *const c_void {
+        let as_long = next.filter(|next| next.bytes.len() >= self.bytes.len());
+        as_long.map_or(std::ptr::null(), Slabs::start)
     }
 }
 
@@ -300,22 +337,36 @@ impl Isa {
         unsafe { rope(kind, x, n_heads, head_dim, cos.as_ptr(), sin.as_ptr(), cos.len()) }
     }
 
-    /// `scores[i][j] = scale * q[i] . k[j]` for `n_kv` keys; rows of `scores` are `stride` apart.
+    /// Queries for keys in bytes; `out` is as long as `q`, and what is in it is for
+    /// [`Isa::attn_scores`] alone.
+    pub(super) fn attn_query(&self, q: &[f32], head_dim: usize, out: &mut [f32]) {
+        assert!(q.len() == out.len() && q.len().is_multiple_of(head_dim));
+        assert!(head_dim.is_multiple_of(KvType::Q8_0.group()));
+        let query = self.table.attn_query.expect(FILLED);
+        // SAFETY: as asserted.
+        unsafe { query(q.as_ptr(), q.len() / head_dim, head_dim, out.as_mut_ptr()) }
+    }
+
+    /// `scores[i][j] = scale * q[i] k[j]` for the `n_kv` tokens whose slabs are `k`; rows of
+    /// `scores` are `stride` apart and written to the end of the last slab. `next` is what will be
+    /// read then.
     pub(super) fn attn_scores(
         &self,
-        (q, k): (&[f32], &[u16]),
-        head_dim: usize,
-        scale: f32,
-        scores: &mut [f32],
-        stride: usize,
+        (q, scale): (&[f32], f32),
+        k: &Slabs<'_>,
+        (scores, stride): (&mut [f32], usize),
+        next: Option<&Slabs<'_>>,
     ) {
-        let (n_q, n_kv) = (q.len() / head_dim, k.len() / head_dim);
-        assert!(q.len() == n_q * head_dim && k.len() == n_kv * head_dim && n_q > 0);
-        assert!(n_kv <= stride && scores.len() >= (n_q - 1) * stride + n_kv);
-        let (product, out) = (self.table.attn_scores.expect(FILLED), scores.as_mut_ptr());
-        // SAFETY: as asserted.
+        let n_q = q.len() / k.head_dim;
+        k.check();
+        let written = k.n_kv.next_multiple_of(SLAB);
+        assert!(q.len() == n_q * k.head_dim && n_q > 0);
+        assert!(written <= stride && scores.len() >= (n_q - 1) * stride + written);
+        let product = self.table.attn_scores[k.kind()].expect(FILLED);
+        let (slabs, scores, next) = (k.start(), scores.as_mut_ptr(), k.next(next));
+        // SAFETY: as asserted; `next` is NULL or as many bytes as these slabs.
         unsafe {
-            product(q.as_ptr(), n_q, head_dim, k.as_ptr(), n_kv, head_dim, scale, out, stride);
+            product(q.as_ptr(), n_q, slabs, k.n_kv, k.head_dim, scale, scores, stride, next);
         }
     }
 
@@ -329,20 +380,24 @@ impl Isa {
         (max, sum)
     }
 
-    /// `out[i] += sum of p[i][j] * v[j]` over the values in `v`; rows of `p` are `stride` apart.
+    /// `out[i] += sum of p[i][j] * v[j]` for the `n_kv` tokens whose slabs are `v`; rows of `p` are
+    /// `stride` apart. `next` is what will be read then.
     pub(super) fn attn_values(
         &self,
         (p, stride): (&[f32], usize),
-        v: &[u16],
-        head_dim: usize,
+        v: &Slabs<'_>,
         out: &mut [f32],
+        next: Option<&Slabs<'_>>,
     ) {
-        let (n_q, n_kv) = (out.len() / head_dim, v.len() / head_dim);
-        assert!(out.len() == n_q * head_dim && v.len() == n_kv * head_dim && n_q > 0);
-        assert!(n_kv <= stride && p.len() >= (n_q - 1) * stride + n_kv);
-        let (product, out) = (self.table.attn_values.expect(FILLED), out.as_mut_ptr());
-        // SAFETY: as asserted.
-        unsafe { product(p.as_ptr(), n_q, stride, v.as_ptr(), n_kv, head_dim, out, head_dim) }
+        let n_q = out.len() / v.head_dim;
+        v.check();
+        assert!(out.len() == n_q * v.head_dim && n_q > 0);
+        assert!(v.n_kv <= ffi::V4_KV_TOKENS as usize);
+        assert!(v.n_kv <= stride && p.len() >= (n_q - 1) * stride + v.n_kv);
+        let product = self.table.attn_values[v.kind()].expect(FILLED);
+        let (slabs, out, next) = (v.start(), out.as_mut_ptr(), v.next(next));
+        // SAFETY: as asserted; `next` is NULL or as many bytes as these slabs.
+        unsafe { product(p.as_ptr(), n_q, stride, slabs, v.n_kv, v.head_dim, out, next) }
     }
 
     /// `x = a x + b y`.

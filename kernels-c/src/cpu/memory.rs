@@ -7,6 +7,7 @@ use std::ops::Range;
 use memmap2::MmapMut;
 
 use crate::device::{DeviceError, KvShape, Result};
+use crate::ffi;
 
 /// Anonymous memory, zero and not resident until it is touched.
 fn zeros(bytes: usize, what: &'static str) -> Result<MmapMut> {
@@ -49,41 +50,44 @@ impl HostBuffer {
     }
 }
 
-/// Keys and values in half precision.
+/// Tokens of a slab: see `enum v4_kv` in v4.h.
+pub(super) const SLAB: usize = ffi::V4_SLAB as usize;
+
+/// Keys and values as they are stored: slabs of [`SLAB`] tokens, `[layer][block][kv head][slab]`.
 #[derive(Debug)]
 pub struct HostKv {
     keys: MmapMut,
     values: MmapMut,
-    /// Half-precision numbers in each.
-    len: usize,
 }
 
 impl HostKv {
     pub(super) fn new(shape: &KvShape, n_blocks: usize) -> Result<Self> {
+        let KvShape { head_dim, block_tokens, kv_type, .. } = *shape;
+        assert!(block_tokens.is_multiple_of(SLAB), "blocks of whole slabs");
+        assert!(block_tokens <= ffi::V4_KV_TOKENS as usize, "blocks that are summed at once");
+        if !head_dim.is_multiple_of(kv_type.group()) {
+            let reason = format!(
+                "heads are {head_dim} wide, which is not a multiple of {}; use f16",
+                kv_type.group()
+            );
+            let name = format!("{} for keys and values", kv_type.name());
+            return Err(DeviceError::Unavailable { name, reason });
+        }
         let bytes = shape.block_bytes().saturating_mul(n_blocks) / 2;
         let map = || zeros(bytes, "the cache of keys and values");
-        Ok(Self { keys: map()?, values: map()?, len: bytes / 2 })
+        Ok(Self { keys: map()?, values: map()? })
     }
 
-    pub(super) fn keys(&self) -> &[u16] {
-        // SAFETY: the mapping is `2 * len` bytes, page-aligned, zeroed when made, and every pattern
-        // of bits is a u16.
-        unsafe { std::slice::from_raw_parts(self.keys.as_ptr().cast(), self.len) }
+    pub(super) fn keys(&self) -> &[u8] {
+        &self.keys
     }
 
-    pub(super) fn values(&self) -> &[u16] {
-        // SAFETY: as in `keys`.
-        unsafe { std::slice::from_raw_parts(self.values.as_ptr().cast(), self.len) }
+    pub(super) fn values(&self) -> &[u8] {
+        &self.values
     }
 
-    pub(super) fn both_mut(&mut self) -> (&mut [u16], &mut [u16]) {
-        // SAFETY: as in `keys`, borrowed mutably; the two mappings are apart.
-        unsafe {
-            (
-                std::slice::from_raw_parts_mut(self.keys.as_mut_ptr().cast(), self.len),
-                std::slice::from_raw_parts_mut(self.values.as_mut_ptr().cast(), self.len),
-            )
-        }
+    pub(super) fn both_mut(&mut self) -> (&mut [u8], &mut [u8]) {
+        (&mut self.keys, &mut self.values)
     }
 }
 

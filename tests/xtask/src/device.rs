@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use v4_engine::model::Model;
-use v4_kernels::{Cpu, Device, cpu::CpuOptions};
+use v4_kernels::{Cpu, Device, KvType, cpu::CpuOptions};
 use v4_proto::ModelFiles;
 
 /// What to compute with.
@@ -15,6 +15,13 @@ pub struct DeviceArgs {
     /// An instruction set instead of the best one of this machine.
     #[arg(long)]
     isa: Option<String>,
+    /// How keys and values are kept: f16, bf16 or q8_0.
+    #[arg(long, default_value = "f16", value_parser = kv_type)]
+    kv_type: KvType,
+}
+
+fn kv_type(name: &str) -> Result<KvType, String> {
+    KvType::named(name).ok_or_else(|| "f16, bf16 or q8_0".to_owned())
 }
 
 impl DeviceArgs {
@@ -26,7 +33,7 @@ impl DeviceArgs {
 
     /// The same with another number of threads.
     pub fn with_threads(&self, threads: usize) -> Self {
-        Self { threads, isa: self.isa.clone() }
+        Self { threads, isa: self.isa.clone(), kv_type: self.kv_type }
     }
 
     /// Starts the device.
@@ -45,6 +52,7 @@ impl DeviceArgs {
     /// A sentence.
     pub fn open(&self, file: &Path) -> Result<Model, String> {
         Model::open(&files(file), self.start()?, &mut |_, _, _| {})
+            .and_then(|model| model.with_kv_type(self.kv_type))
             .map_err(|error| error.to_string())
     }
 }

@@ -147,7 +147,7 @@ pub struct DecoderConfig {
 }
 
 impl DecoderConfig {
-    /// The shape of this model's KV cache.
+    /// The shape of this model's KV cache in half precision.
     pub fn kv_shape(&self) -> KvShape {
         KvShape {
             n_layers: self.layers.len(),
@@ -158,7 +158,7 @@ impl DecoderConfig {
         }
     }
 
-    /// Bytes of keys and values for a token over all layers.
+    /// Bytes of keys and values in half precision for a token over all layers.
     pub fn kv_bytes_per_token(&self) -> usize {
         KvShape { block_tokens: 1, ..self.kv_shape() }.block_bytes()
     }

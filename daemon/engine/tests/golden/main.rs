@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use reference::Reference;
 use v4_engine::format;
 use v4_engine::model::{Alone, Model};
-use v4_kernels::Cpu;
 use v4_kernels::cpu::CpuOptions;
+use v4_kernels::{Cpu, KvType};
 use v4_proto::ModelFiles;
 use vectors::{Distance, Vectors, argmax, dequantized, distance, folder};
 
@@ -142,6 +142,43 @@ fn logits(model: &mut Model, ids: &[u32], positions: &[u32], chunk: usize) -> Ve
         all.extend_from_slice(&part);
     }
     all
+}
+
+/// How far keys and values in fewer bits may carry a tiny model with float weights: mean divergence
+/// of its logits.
+const KV_KL: [(KvType, f64); 2] = [(KvType::Bf16, 1e-4), (KvType::Q8_0, 1e-3)];
+/// The same with int8 activations, where the slightest change moves their rounding: what the README
+/// allows such a model anyway.
+const KV_KL_INT8: f64 = 5e-3;
+
+#[test]
+fn keys_and_values_in_fewer_bits_stay_near() {
+    for case in [hf("llama"), hf("qwen2"), hf("gemma3_text"), gguf("llama-q4_0", Products::Int8)] {
+        let golden = Vectors::open(&case.golden);
+        for (kv_type, bound) in KV_KL {
+            let bound = if case.products == Products::Int8 { KV_KL_INT8 } else { bound };
+            let model = case.open(&CpuOptions { threads: 2, isa: None });
+            let Ok(mut model) = model.with_kv_type(kv_type) else {
+                panic!("{}: {kv_type:?}", case.name());
+            };
+            for prompt in PROMPTS {
+                let ids = golden.ints(&format!("{prompt}.input_ids"));
+                let positions = golden.ints(&format!("{prompt}.positions"));
+                let width = golden.width(&format!("{prompt}.logits"));
+                let mut exact = case.open(&CpuOptions { threads: 2, isa: None });
+                let exact = logits(&mut exact, &ids, &positions, ids.len());
+                let found = logits(&mut model, &ids, &positions, ids.len());
+                let distance = distance(&found, &exact, width);
+                println!("{} {kv_type:?} {prompt}: {distance:?}", case.name());
+                assert!(distance.mean_kl < bound, "{} {kv_type:?}: {distance:?}", case.name());
+                assert!(distance.mean_kl > 0.0, "{} {kv_type:?} is not used", case.name());
+                if case.products == Products::Int8 {
+                    let stepwise = logits(&mut model, &ids, &positions, 1);
+                    assert!(stepwise == found, "{} {kv_type:?} {prompt}: steps", case.name());
+                }
+            }
+        }
+    }
 }
 
 fn check_chunks(case: &Case, options: &CpuOptions, chunks: &[usize]) {

@@ -40,6 +40,7 @@ fn rules() -> Rules {
         max_queue: 3,
         slots: 2,
         context: 4096,
+        kv_type: KvType::F16,
         spare: false,
         keep_alive: KeepAlive::For(secs(300)),
     }
@@ -261,8 +262,11 @@ fn a_model_that_cannot_fit_is_refused_and_fewer_slots_are_tried_first() {
     let mut fits_once = target("b", 500);
     fits_once.info.as_mut().expect("set").kv_bytes_per_token = 400 * MIB / 1024;
     let info = fits_once.info.clone().expect("set");
-    let model = rules().fit(fits_once, Hold::default(), &info).expect("one sequence fits");
+    let model = rules().fit(fits_once.clone(), Hold::default(), &info).expect("one fits");
     assert_eq!((model.slots, model.context, model.bytes), (1, 1024, 900 * MIB));
+    let smaller = Rules { kv_type: KvType::Q8_0, ..rules() };
+    let model = smaller.fit(fits_once, Hold::default(), &info).expect("both sequences fit");
+    assert_eq!((model.slots, model.bytes), (2, 925 * MIB));
 }
 
 #[test]
