@@ -36,6 +36,13 @@ impl DeviceArgs {
         Self { threads, isa: self.isa.clone(), kv_type: self.kv_type }
     }
 
+    /// As arguments of this program.
+    pub fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["--threads".to_owned(), self.threads().to_string()];
+        arguments.extend(self.isa.iter().flat_map(|isa| ["--isa".to_owned(), isa.clone()]));
+        arguments
+    }
+
     /// Starts the device.
     ///
     /// # Errors

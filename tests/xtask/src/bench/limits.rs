@@ -9,8 +9,10 @@ const OWN_BYTES: usize = 1 << 30;
 /// Bytes and arithmetic of an operation; a product and a sum are two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Work {
-    /// Bytes it reads: weights, keys and values, and its input once.
-    pub bytes: u64,
+    /// Bytes it reads of weights, which lie where the model's files are mapped.
+    pub weights: u64,
+    /// Bytes it reads of our own memory: keys and values, and its input once.
+    pub own: u64,
     /// int8 products and sums.
     pub int8: u64,
     /// Products of bfloat16 weights, and their sums.
@@ -20,6 +22,11 @@ pub struct Work {
 }
 
 impl Work {
+    /// All bytes.
+    pub fn bytes(&self) -> u64 {
+        self.weights + self.own
+    }
+
     /// All arithmetic.
     pub fn ops(&self) -> u64 {
         self.int8 + self.bf16 + self.f32
@@ -28,7 +35,8 @@ impl Work {
 
 impl std::ops::AddAssign for Work {
     fn add_assign(&mut self, other: Self) {
-        self.bytes += other.bytes;
+        self.weights += other.weights;
+        self.own += other.own;
         self.int8 += other.int8;
         self.bf16 += other.bf16;
         self.f32 += other.f32;
@@ -90,9 +98,16 @@ impl Limits {
         }
     }
 
-    /// Bytes read a second: the better of the two, so that a share is never flattered.
-    pub fn read(&self) -> f64 {
-        self.read_own.max(self.read_map)
+    /// The least seconds of reading: weights where they are mapped, all else as our own memory.
+    /// Without a mapping weights are our own memory too.
+    pub fn read_seconds(&self, work: &Work) -> f64 {
+        let mapped = if self.read_map > 0.0 { self.read_map } else { self.read_own };
+        work.weights as f64 / mapped + work.own as f64 / self.read_own
+    }
+
+    /// Bytes of `work` that can be read a second.
+    pub fn read(&self, work: &Work) -> f64 {
+        work.bytes() as f64 / self.read_seconds(work)
     }
 
     /// The rate of a kind of arithmetic. Products of bfloat16 may be made in float32, which some
@@ -108,7 +123,7 @@ impl Limits {
     /// The least seconds that `work` takes, and what it waits for: reading and arithmetic go on
     /// beside each other.
     pub fn least(&self, work: &Work) -> (f64, Bound) {
-        let read = work.bytes as f64 / self.read();
+        let read = self.read_seconds(work);
         let kinds = [(Kind::Int8, work.int8), (Kind::Bf16, work.bf16), (Kind::F32, work.f32)];
         let (mut ops, mut most) = (0.0, (0.0, Kind::F32));
         for (kind, n) in kinds {
@@ -222,13 +237,22 @@ mod tests {
     #[test]
     fn work_waits_for_reading_or_for_the_sum_of_its_arithmetic() {
         let limits = Limits { read_own: 10.0, read_map: 20.0, int8: 100.0, bf16: 50.0, f32: 10.0 };
-        let work = Work { bytes: 40, int8: 100, bf16: 0, f32: 5 };
+        let work = Work { weights: 40, own: 0, int8: 100, bf16: 0, f32: 5 };
         assert_eq!(limits.least(&work), (2.0, Bound::Read));
-        let work = Work { bytes: 20, ..work };
+        let work = Work { weights: 20, ..work };
         assert_eq!(limits.least(&work), (1.5, Bound::Ops(Kind::Int8)));
         assert_eq!(limits.least(&Work::default()), (0.0, Bound::Read));
         let slower = Limits { read_own: 30.0, int8: 1.0, ..limits };
         let best = limits.best(slower);
-        assert_eq!((best.read(), best.int8), (30.0, 100.0));
+        assert_eq!((best.read_own, best.read_map, best.int8), (30.0, 20.0, 100.0));
+    }
+
+    #[test]
+    fn weights_are_read_where_they_are_mapped_and_all_else_as_own_memory() {
+        let limits = Limits { read_own: 10.0, read_map: 20.0, ..Limits::default() };
+        let work = Work { weights: 60, own: 20, ..Work::default() };
+        assert_eq!((limits.read_seconds(&work), limits.read(&work)), (5.0, 16.0));
+        let unmapped = Limits { read_map: 0.0, ..limits };
+        assert_eq!((unmapped.read_seconds(&work), unmapped.read(&work)), (8.0, 10.0));
     }
 }

@@ -143,7 +143,7 @@ impl Metered {
 
 /// An operation without weights that reads `n_read` floats, for which it does `ops` operations.
 fn plain(op: &'static str, n_read: usize, ops: usize) -> Event {
-    let work = Work { bytes: floats(n_read), f32: ops as u64, ..Work::default() };
+    let work = Work { own: floats(n_read), f32: ops as u64, ..Work::default() };
     Event { op, weights: Vec::new(), width: None, work, seconds: 0.0 }
 }
 
@@ -169,10 +169,9 @@ pub fn product(quant: Quant, n_weights: usize, tokens: usize) -> Work {
 
 fn linear(rows: usize, parts: &[Linear<'_>]) -> Event {
     let cols = parts.first().map_or(0, |part| part.weight.cols());
-    let mut work = Work { bytes: floats(rows * cols), ..Work::default() };
+    let mut work = Work { own: floats(rows * cols), ..Work::default() };
     for Linear { weight, .. } in parts {
-        let read = Work { bytes: weight.bytes().len() as u64, ..Work::default() };
-        work += read;
+        work.weights += weight.bytes().len() as u64;
         work += product(weight.quant(), weight.rows() * weight.cols(), rows);
     }
     let weights = parts.iter().map(|part| Read::of(part.weight)).collect();
@@ -186,10 +185,9 @@ fn experts(experts: &Experts, rows: usize, routing: &Routing) -> Event {
     distinct.sort_unstable();
     distinct.dedup();
     let parts = [&experts.gate, &experts.up, &experts.down].map(|part| &part.matrices[0]);
-    let mut work = Work { bytes: floats(rows * parts[0].cols()), ..Work::default() };
+    let mut work = Work { own: floats(rows * parts[0].cols()), ..Work::default() };
     for matrix in parts {
-        let bytes = (distinct.len() * matrix.bytes().len()) as u64;
-        work += Work { bytes, ..Work::default() };
+        work.weights += (distinct.len() * matrix.bytes().len()) as u64;
         work += product(matrix.quant(), matrix.rows() * matrix.cols(), ids.len());
     }
     Event { op: "experts", weights: parts.map(Read::of).to_vec(), width: None, work, seconds: 0.0 }
@@ -207,7 +205,7 @@ fn attention(attention: &Attention<'_>, shape: &KvShape, spans: &[Span<'_>]) -> 
         let seen: usize = (first..span.kv_len).map(|position| window.min(position + 1)).sum();
         let read = span.kv_len.min(window.saturating_add(span.n_rows - 1));
         work.f32 += (4 * n_values * seen) as u64;
-        work.bytes += (a_token * read) as u64 + floats(span.n_rows * n_values);
+        work.own += (a_token * read) as u64 + floats(span.n_rows * n_values);
     }
     Event { op: "attention", weights: Vec::new(), width: attention.window, work, seconds: 0.0 }
 }
@@ -239,7 +237,7 @@ impl Device for Metered {
         let coming = self.coming(|| {
             let row_bytes = table.bytes().len() / table.rows().max(1);
             let f32 = (ids.len() * table.cols()) as u64;
-            let work = Work { bytes: (ids.len() * row_bytes) as u64, f32, ..Work::default() };
+            let work = Work { weights: (ids.len() * row_bytes) as u64, f32, ..Work::default() };
             Event { op: "embed", weights: vec![Read::of(table)], width: None, work, seconds: 0.0 }
         });
         self.run(coming, |device| device.embed(table, ids, scale, out))
@@ -368,8 +366,8 @@ impl Device for Metered {
 
     fn kv_copy(&mut self, kv: &mut KvCache, pairs: &[(u32, u32)]) -> Result {
         let coming = self.coming(|| {
-            let bytes = (kv.shape.block_bytes() * pairs.len()) as u64;
-            let work = Work { bytes, ..Work::default() };
+            let own = (kv.shape.block_bytes() * pairs.len()) as u64;
+            let work = Work { own, ..Work::default() };
             Event { op: "kv_copy", weights: Vec::new(), width: None, work, seconds: 0.0 }
         });
         self.run(coming, |device| device.kv_copy(kv, pairs))
@@ -397,10 +395,10 @@ mod tests {
         let token = 2 * 2 * 8 * 2;
         let input = 3 * 32 * 4;
         let all = attention(&constants, &shape, &spans).work;
-        assert_eq!((all.bytes, all.f32), (10 * token + input, 4 * 32 * 27));
+        assert_eq!((all.own, all.f32), (10 * token + input, 4 * 32 * 27));
         let window = Attention { window: Some(4), ..constants };
         let some = attention(&window, &shape, &spans).work;
-        assert_eq!((some.bytes, some.f32), (6 * token + input, 4 * 32 * 12));
+        assert_eq!((some.own, some.f32), (6 * token + input, 4 * 32 * 12));
     }
 
     #[test]
@@ -422,7 +420,7 @@ mod tests {
         cpu.route(&router, &logits, 3, &mut routing).unwrap();
         let event = experts(&all, 3, &routing);
         assert_eq!(event.work.int8, 2 * 3 * (64 * 32) * 6);
-        assert_eq!(event.work.bytes, 3 * 3 * (64 * 34) + 3 * 32 * 4);
+        assert_eq!((event.work.weights, event.work.own), (3 * 3 * (64 * 34), 3 * 32 * 4));
     }
 
     #[test]
@@ -450,8 +448,8 @@ mod tests {
         product(&mut device);
         let [event] = log.events.as_slice() else { panic!("one event: {log:?}") };
         let ops = 2 * 64 * 32 * 2;
-        let bytes = 64 * (18 + 128) + 2 * 32 * 4;
-        assert_eq!(event.work, Work { bytes, int8: ops, bf16: 0, f32: ops });
+        let (read, own) = (64 * (18 + 128), 2 * 32 * 4);
+        assert_eq!(event.work, Work { weights: read, own, int8: ops, bf16: 0, f32: ops });
         assert_eq!(event.weights[1].address, weights[1].bytes().as_slice().as_ptr().addr());
         assert!(event.seconds > 0.0 && log.products() == 2 * ops);
         let ((), log) = meter.during(|| ());

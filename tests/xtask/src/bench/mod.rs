@@ -10,6 +10,7 @@ mod limits;
 mod load;
 mod meter;
 mod noise;
+mod peers;
 mod products;
 mod roofline;
 mod speed;
@@ -33,6 +34,8 @@ enum Part {
     Busy(busy::Args),
     /// Measure the way from opening a file to the first token.
     Load(load::Args),
+    /// Compare with the engines of others on the same files in the same run.
+    Peers(peers::Args),
     /// Keep one core busy until standard input ends: the other side of `busy`.
     #[command(hide = true)]
     Spin,
@@ -54,6 +57,7 @@ pub fn run(args: Args) -> Result<(), String> {
         Part::Products(args) => products::run(&args),
         Part::Busy(args) => busy::run(&args),
         Part::Load(args) => load::run(&args),
+        Part::Peers(args) => peers::run(&args),
         Part::Spin => busy::spin(),
     }
 }

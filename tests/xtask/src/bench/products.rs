@@ -14,8 +14,10 @@ use super::noise::Noise;
 use super::{GIGA, median};
 use crate::device::DeviceArgs;
 
+/// Formats that are measured when none is named.
+const QUANTS: [&str; 5] = ["Q4_0", "Q8_0", "Q4_K", "MXFP4", "NVFP4"];
 /// Formats that models are made of.
-const QUANTS: [&str; 16] = [
+const ALL_QUANTS: [&str; 16] = [
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL",
     "IQ4_XS", "MXFP4", "NVFP4", "BF16", "F16",
 ];
@@ -32,6 +34,9 @@ pub struct Args {
     /// Formats, with commas.
     #[arg(long, value_delimiter = ',', default_values = QUANTS)]
     quant: Vec<String>,
+    /// All formats that models are made of.
+    #[arg(long, conflicts_with = "quant")]
+    all: bool,
     /// Rows of a matrix: the width of a result; without it 8192x2048 and 2048x8192 are measured.
     #[arg(long, requires = "cols")]
     rows: Option<usize>,
@@ -72,7 +77,8 @@ pub fn run(args: &Args) -> Result<(), String> {
              \x20  read GB/s     peak Gop/s"
         );
     }
-    for name in &args.quant {
+    let all = ALL_QUANTS.map(str::to_owned);
+    for name in if args.all { &all[..] } else { &args.quant } {
         let quant = Quant::from_name(name).ok_or_else(|| format!("no format {name}"))?;
         for &shape in &shapes {
             format(&mut *device, &mut prober, args, (quant, shape))?;
@@ -166,13 +172,16 @@ impl Line {
         let (rows, cols) = self.shape;
         let bytes = self.quant.row_bytes(cols).unwrap_or_default() * rows;
         let input = self.tokens * cols * size_of::<f32>();
-        let bytes = (bytes + input) as u64;
-        Work { bytes, ..product(self.quant, rows * cols, self.tokens) }
+        Work {
+            weights: bytes as u64,
+            own: input as u64,
+            ..product(self.quant, rows * cols, self.tokens)
+        }
     }
 
     /// The peak of its arithmetic, which is of one kind.
     fn peak(&self) -> f64 {
-        let arithmetic = Work { bytes: 0, ..self.work() };
+        let arithmetic = Work { weights: 0, own: 0, ..self.work() };
         arithmetic.ops() as f64 / self.limits.best().least(&arithmetic).0
     }
 
@@ -182,8 +191,8 @@ impl Line {
         json!({
             "quant": self.quant.name(), "rows": self.shape.0, "cols": self.shape.1,
             "tokens": self.tokens, "seconds": self.seconds,
-            "bytes_per_s": work.bytes as f64 / self.seconds,
-            "share_of_read": work.bytes as f64 / self.seconds / limits.read(),
+            "bytes_per_s": work.bytes() as f64 / self.seconds,
+            "share_of_read": work.bytes() as f64 / self.seconds / limits.read(&work),
             "ops_per_s": work.ops() as f64 / self.seconds,
             "share_of_peak": work.ops() as f64 / self.seconds / self.peak(),
             "bound": bound.name(), "share_of_limit": least / self.seconds,
@@ -194,7 +203,7 @@ impl Line {
     fn text(&self) -> String {
         let (work, limits) = (self.work(), self.limits.best());
         let (least, bound) = limits.least(&work);
-        let (bytes, ops) = (work.bytes as f64 / self.seconds, work.ops() as f64 / self.seconds);
+        let (bytes, ops) = (work.bytes() as f64 / self.seconds, work.ops() as f64 / self.seconds);
         format!(
             "{:<8} {:<11} {:>6} {:8.1} {:8.2}  {:5.1} % {:8.1}  {:5.1} %  {:<5} {:3.0} %\
              \x20{:12.1} {:14.1}",
@@ -203,12 +212,12 @@ impl Line {
             self.tokens,
             self.seconds * 1e6,
             bytes / GIGA,
-            100.0 * bytes / limits.read(),
+            100.0 * bytes / limits.read(&work),
             ops / GIGA,
             100.0 * ops / self.peak(),
             bound.name(),
             100.0 * least / self.seconds,
-            limits.read() / GIGA,
+            limits.read(&work) / GIGA,
             self.peak() / GIGA,
         )
     }

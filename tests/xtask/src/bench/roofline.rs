@@ -193,7 +193,7 @@ impl Step {
             json!({
                 "step": self.name, "depth": self.depth, "batch": self.batch,
                 "op": line.key.op, "what": line.key.what, "quant": line.key.quant,
-                "calls": line.calls, "bytes": line.work.bytes, "ops": line.work.ops(),
+                "calls": line.calls, "bytes": line.work.bytes(), "ops": line.work.ops(),
                 "seconds": line.seconds, "bound": line.bound, "least_seconds": line.least,
             })
         });
@@ -260,11 +260,11 @@ fn row(
     const MEGA: f64 = 1e6;
     format!(
         "{head} {:8.2} {:8.1} {:8.1} {:5.1}  {:7.1}  {:7.1}  {bound:<5} {:4.0} %\n",
-        work.bytes as f64 / MEGA,
+        work.bytes() as f64 / MEGA,
         work.ops() as f64 / MEGA,
         seconds * MEGA,
         100.0 * seconds / wall,
-        work.bytes as f64 / seconds / GIGA,
+        work.bytes() as f64 / seconds / GIGA,
         work.ops() as f64 / seconds / GIGA,
         100.0 * least / seconds,
     )

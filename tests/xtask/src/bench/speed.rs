@@ -134,7 +134,7 @@ impl Timing {
     }
 
     fn bytes_per_s(&self) -> f64 {
-        self.log.work().bytes as f64 / self.seconds
+        self.log.work().bytes() as f64 / self.seconds
     }
 
     /// Arithmetic with weights.
@@ -161,10 +161,10 @@ impl Point {
             "prefill_tokens_per_s": prefill(&Timing::tokens_per_s),
             "decode_tokens_per_s": decode(&Timing::tokens_per_s),
             "decode_tokens_per_s_each": decode(&|it| it.tokens_per_s() / self.batch as f64),
-            "read_bytes_per_s": limits.read(),
+            "decode_limit_bytes_per_s": decode(&|it| limits.read(&it.log.work())),
             "int8_ops_per_s": limits.int8,
             "decode_bytes_per_s": decode(&Timing::bytes_per_s),
-            "decode_share_of_read": decode(&|it| it.bytes_per_s() / limits.read()),
+            "decode_share_of_read": decode(&|it| it.bytes_per_s() / limits.read(&it.log.work())),
             "decode_share_of_limits": decode(&|it| it.share(&limits)),
             "prefill_ops_per_s": prefill(&Timing::products_per_s),
             "prefill_share_of_int8": prefill(&|it| it.products_per_s() / limits.int8),
@@ -188,14 +188,15 @@ impl Point {
             )
         });
         let decode = self.decode.as_ref().map(|it| {
+            let read = limits.read(&it.log.work());
             format!(
                 "\n  decode  {:8.1} tokens/s, {:6.1} each, {:6.1} of {:6.1} GB/s read ({:3.0} %), \
                  {:3.0} % of all limits",
                 it.tokens_per_s(),
                 it.tokens_per_s() / self.batch as f64,
                 it.bytes_per_s() / GIGA,
-                limits.read() / GIGA,
-                100.0 * it.bytes_per_s() / limits.read(),
+                read / GIGA,
+                100.0 * it.bytes_per_s() / read,
                 100.0 * it.share(&limits),
             )
         });
