@@ -59,7 +59,6 @@ type Work<'a> = dyn Fn(usize, &mut Scratch) + Sync + 'a;
 /// The job of the hour, valid while the state is open or a worker is active.
 struct Job {
     work: *const Work<'static>,
-    n_shares: usize,
     caller: Thread,
 }
 
@@ -67,8 +66,8 @@ struct Job {
 struct Shared {
     /// Jobs begun, whether shares may be taken, and workers inside.
     state: AtomicU64,
-    /// The next share to take.
-    next: Apart<AtomicUsize>,
+    /// The shares that each thread has left, the caller first.
+    left: Vec<Apart<Range>>,
     job: UnsafeCell<Option<Job>>,
     stopping: AtomicBool,
     /// The first panic of a worker in this job.
@@ -80,6 +79,39 @@ struct Shared {
 /// On a cache line of its own.
 #[repr(align(64))]
 struct Apart<T>(T);
+
+/// Shares from a first to a last, of which the owner takes the first and others the last: so each
+/// thread goes through memory in order, and one that is held up loses its shares to the others.
+/// Begin and end are the halves of one number.
+#[derive(Default)]
+struct Range(AtomicU64);
+
+impl Range {
+    fn set(&self, begin: usize, end: usize) {
+        // The caller made sure that both fit.
+        self.0.store((begin as u64) << 32 | end as u64, Ordering::Relaxed);
+    }
+
+    fn len(&self) -> u64 {
+        let packed = self.0.load(Ordering::Relaxed);
+        (packed & END).saturating_sub(packed >> 32)
+    }
+
+    /// Takes a share, the first one or the last one.
+    fn take(&self, is_owner: bool) -> Option<usize> {
+        let left = |packed: u64| {
+            let (begin, end) = (packed >> 32, packed & END);
+            let rest = if is_owner { (begin + 1) << 32 | end } else { begin << 32 | (end - 1) };
+            (begin < end).then_some(rest)
+        };
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).ok()?;
+        let share = if is_owner { before >> 32 } else { (before & END) - 1 };
+        Some(share as usize)
+    }
+}
+
+/// The half of a [`Range`] that is its end.
+const END: u64 = 0xffff_ffff;
 
 // SAFETY: `job` is written by the one caller only while the state is closed with no worker active
 // (`Pool::run` borrows the pool mutably), and read by workers only while they are counted active.
@@ -110,7 +142,7 @@ impl Pool {
         let n_workers = threads.clamp(1, MAX_THREADS) - 1;
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: Apart(AtomicUsize::new(0)),
+            left: (0..=n_workers).map(|_| Apart(Range::default())).collect(),
             job: UnsafeCell::new(None),
             stopping: AtomicBool::new(false),
             panic: Mutex::new(None),
@@ -146,10 +178,10 @@ impl Pool {
         }
         self.open(n_shares, work);
         let mine = catch_unwind(AssertUnwindSafe(|| {
-            self.shared.take_shares(n_shares, work, &mut self.scratch);
+            self.shared.take_shares(0, work, &mut self.scratch);
         }));
         if mine.is_err() {
-            self.shared.next.0.store(n_shares, Ordering::Relaxed);
+            self.shared.drop_shares();
         }
         self.close();
         let theirs = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -166,8 +198,8 @@ impl Pool {
         let work = unsafe { std::mem::transmute::<&Work<'_>, &Work<'static>>(work) };
         let shared = &*self.shared;
         // SAFETY: the state is closed and no worker is active: nobody else looks at `job`.
-        unsafe { *shared.job.get() = Some(Job { work, n_shares, caller: thread::current() }) };
-        shared.next.0.store(0, Ordering::Relaxed);
+        unsafe { *shared.job.get() = Some(Job { work, caller: thread::current() }) };
+        shared.divide(n_shares);
         // Sequentially consistent against a worker's `asleep`: either it sees the job, or we see
         // that it sleeps.
         shared.state.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
@@ -214,8 +246,23 @@ impl Shared {
                 continue;
             }
             seen = state / EPOCH;
-            self.work(&mut scratch);
+            self.work(index + 1, &mut scratch);
         }
+    }
+
+    /// Gives each thread as many shares as the others, in order.
+    fn divide(&self, n_shares: usize) {
+        assert!(n_shares as u64 <= END, "{n_shares} shares are more than can be counted");
+        let threads = self.left.len().min(n_shares);
+        for (thread, left) in self.left.iter().enumerate() {
+            let cut = |thread: usize| thread.min(threads) * n_shares / threads;
+            left.0.set(cut(thread), cut(thread + 1));
+        }
+    }
+
+    /// Leaves no share to anybody.
+    fn drop_shares(&self) {
+        self.left.iter().for_each(|left| left.0.set(0, 0));
     }
 
     /// Waits for an open job that is not `seen`; `None` when the pool stops.
@@ -242,16 +289,16 @@ impl Shared {
     }
 
     /// A worker's part of the job it has entered.
-    fn work(&self, scratch: &mut Scratch) {
+    fn work(&self, thread: usize, scratch: &mut Scratch) {
         // SAFETY: this worker is counted active, so the caller neither writes `job` nor lets its
         // closure go.
-        let (work, n_shares, caller) = unsafe {
+        let (work, caller) = unsafe {
             let job = (*self.job.get()).as_ref().expect("an open state has a job");
-            (&*job.work, job.n_shares, job.caller.clone())
+            (&*job.work, job.caller.clone())
         };
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.take_shares(n_shares, work, scratch)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.take_shares(thread, work, scratch)));
         if let Err(payload) = outcome {
-            self.next.0.store(n_shares, Ordering::Relaxed);
+            self.drop_shares();
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
         let before = self.state.fetch_sub(1, Ordering::AcqRel);
@@ -262,13 +309,26 @@ impl Shared {
         }
     }
 
-    fn take_shares(&self, n_shares: usize, work: &Work<'_>, scratch: &mut Scratch) {
-        loop {
-            let share = self.next.0.fetch_add(1, Ordering::Relaxed);
-            if share >= n_shares {
-                return;
-            }
+    /// A thread's own shares, then those that others have left.
+    fn take_shares(&self, thread: usize, work: &Work<'_>, scratch: &mut Scratch) {
+        while let Some(share) = self.left[thread].0.take(true) {
             work(share, scratch);
+        }
+        while let Some(share) = self.steal() {
+            work(share, scratch);
+        }
+    }
+
+    /// The last share of who has most left.
+    fn steal(&self) -> Option<usize> {
+        loop {
+            let richest = self.left.iter().max_by_key(|left| left.0.len())?;
+            if richest.0.len() == 0 {
+                return None;
+            }
+            if let Some(share) = richest.0.take(false) {
+                return Some(share);
+            }
         }
     }
 }
