@@ -210,7 +210,7 @@ ALWAYS_INLINE void multiply_group(const __m512i raw[RAW_VECTORS], const struct s
 
 /* How far ahead of its use a chunk is fetched, in chunks: far enough for memory, near enough that it
  * is still in the second cache. */
-enum { FETCH_AHEAD = 4, LINE = 64 };
+enum { FETCH_AHEAD = 3, LINE = 64 };
 
 /* Sixteen rows that are read side by side are more streams than the processor foresees well. So the
  * chunk that comes FETCH_AHEAD after the one of the groups from `first` is fetched, where a row ends

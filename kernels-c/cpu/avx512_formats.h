@@ -196,24 +196,29 @@ ALWAYS_INLINE __m512 times(__m512 d, __m512i integers)
 
 /* Copies a number of `bytes` bytes at `at` of each block, `size` bytes apart, of sixteen rows. */
 #define SCATTER(name, type, to_field, at, size, n)                                                \
+    ALWAYS_INLINE void name##_one(const uint8_t *p, int b, int r, struct scattered *to)           \
+    {                                                                                             \
+        type value;                                                                               \
+        memcpy(&value, p + b * (size) + (at), sizeof value);                                      \
+        /* Or else the compiler makes vectors of several, which is slower. */                     \
+        __asm__("" : "+r"(value));                                                                \
+        to->to_field[b][r] = value;                                                               \
+    }                                                                                             \
+                                                                                                  \
     ALWAYS_INLINE void name(const uint8_t *p, size_t stride, int n_blocks, struct scattered *to)  \
     {                                                                                             \
         if (n_blocks == (n)) {                                                                    \
             for (int r = 0; r < LANES; r++, p += stride) {                                        \
                 UNROLL                                                                            \
                 for (int b = 0; b < (n); b++) {                                                   \
-                    type value;                                                                   \
-                    memcpy(&value, p + b * (size) + (at), sizeof value);                          \
-                    /* Or else the compiler makes vectors of them, which is slower. */            \
-                    __asm__("" : "+r"(value));                                                    \
-                    to->to_field[b][r] = value;                                                   \
+                    name##_one(p, b, r, to);                                                      \
                 }                                                                                 \
             }                                                                                     \
             return;                                                                               \
         }                                                                                         \
         for (int r = 0; r < LANES; r++, p += stride) {                                            \
             for (int b = 0; b < n_blocks; b++) {                                                  \
-                memcpy(&to->to_field[b][r], p + b * (size) + (at), sizeof(type));                 \
+                name##_one(p, b, r, to);                                                          \
             }                                                                                     \
         }                                                                                         \
     }
