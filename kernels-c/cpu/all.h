@@ -12,6 +12,9 @@
 V4_ISA(portable, ANY, 1, "")
 V4_ISA(avx2, X86_64, V4_HAS("avx2") && V4_HAS("fma") && V4_HAS("bmi2") && has_f16c(),
        "-mavx2 -mfma -mf16c -mbmi2")
+V4_ISA(avxvnni, X86_64,
+       V4_HAS("avx2") && V4_HAS("fma") && V4_HAS("bmi2") && has_f16c() && has_avx_vnni(),
+       "-mavxvnni -mavx2 -mfma -mf16c -mbmi2")
 V4_ISA(avx512, X86_64,
        V4_HAS("avx512f") && V4_HAS("avx512bw") && V4_HAS("avx512vl") && V4_HAS("avx512dq") &&
            V4_HAS("avx512vnni") && V4_HAS("avx2") && V4_HAS("fma") && V4_HAS("bmi2") && has_f16c(),

@@ -13,6 +13,13 @@ static int has_f16c(void)
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
+
+/* Leaf 7, subleaf 1, EAX bit 4. What it works on is that of AVX2, which is asked for beside it. */
+static int has_avx_vnni(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #define V4_HWCAP(bit) ((getauxval(AT_HWCAP) & (bit)) != 0)

@@ -2,7 +2,8 @@
  *
  * Products of blocks are held to the rounding that v4.h lays down, so their bits are those of
  * portable.c. Blocks are unpacked by decode_i8, which the compiler vectorises. What is not here is
- * inherited. Tested under qemu-user only: its speed on a real machine was never measured. */
+ * inherited. `cargo xtask ci` tests it under qemu-user; its speed on a real machine was never
+ * measured. */
 #include <arm_neon.h>
 #include <math.h>
 #include <string.h>

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use v4_modelfile::library;
 
-use crate::{ROOT, golden};
+use crate::{ROOT, golden, kernels};
 
 /// Resident bytes that an idle daemon may have.
 const IDLE_BYTES: u64 = 15_000_000;
@@ -31,8 +31,11 @@ const MODELS: [(&str, &str, &str); 3] = [
 #[derive(clap::Args)]
 pub struct Args {}
 
-enum Outcome {
+/// How a check ended, unless it failed.
+pub enum Outcome {
+    /// All is as it should be.
     Passed,
+    /// It could not run, and why.
     Skipped(String),
 }
 
@@ -43,13 +46,15 @@ type Check = fn() -> Result<Outcome, String>;
 /// # Errors
 /// The names of the checks that failed.
 pub fn run(_args: Args) -> Result<(), String> {
-    let checks: [(&str, Check); 8] = [
+    let checks: [(&str, Check); 10] = [
         ("formatting", formatting),
         ("lints", lints),
         ("house rules", house_rules),
         ("bindings", bindings),
         ("reference pages", reference),
         ("licences and duplicates", licences),
+        ("sanitizers over the C", kernels::sanitizers),
+        ("kernels of aarch64", kernels::emulated_arm),
         ("idle daemon and start", idle),
         ("real models", real_models),
     ];
@@ -77,7 +82,7 @@ fn command(program: &str, args: &[&str]) -> Command {
 }
 
 /// Runs a command whose output is for the person.
-fn must(command: &mut Command) -> Result<(), String> {
+pub fn must(command: &mut Command) -> Result<(), String> {
     let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
     if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}")) }
 }

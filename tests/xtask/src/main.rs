@@ -19,6 +19,7 @@ mod bindings;
 mod ci;
 mod device;
 mod golden;
+mod kernels;
 mod logits;
 
 use std::process::ExitCode;
