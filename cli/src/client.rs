@@ -2,13 +2,14 @@
 //! or TCP.
 
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -17,6 +18,7 @@ use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use crate::error::Failure;
+use crate::files::Upload;
 use crate::place::{Place, Target};
 use crate::start;
 
@@ -143,12 +145,36 @@ impl Client {
         timeout(SILENCE_DEADLINE, answer).await.map_err(|_| silent(SILENCE_DEADLINE))?
     }
 
+    /// Sends a file as a body, unless the daemon says that it has it.
+    ///
+    /// # Errors
+    /// As [`Client::call`]; [`Failure::File`].
+    pub async fn upload(&self, path: &str, file: &Path) -> Result<(), Failure> {
+        match self.call(Method::HEAD, path, None).await {
+            Ok(_) => return Ok(()),
+            Err(failure) if failure.is_not_found() => {}
+            Err(failure) => return Err(failure),
+        }
+        let body = Upload::open(file)?;
+        let sent = async { self.send_body(Method::POST, path, body).await?.whole().await };
+        timeout(SILENCE_DEADLINE, sent).await.map_err(|_| silent(SILENCE_DEADLINE))??;
+        Ok(())
+    }
+
     async fn send(
         &self,
         method: Method,
         path: &str,
         body: Option<&Value>,
     ) -> Result<Answer, Failure> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        self.send_body(method, path, Full::<Bytes>::new(body.into())).await
+    }
+
+    async fn send_body<B>(&self, method: Method, path: &str, body: B) -> Result<Answer, Failure>
+    where
+        B: Body<Data = Bytes, Error: std::error::Error + Send + Sync> + Send + Unpin + 'static,
+    {
         let wire = self.open().await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(wire)).await.map_err(lost)?;
@@ -158,7 +184,7 @@ impl Client {
             .uri(path)
             .header(header::HOST, self.host())
             .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::<Bytes>::new(body.map(Value::to_string).unwrap_or_default().into()))
+            .body(body)
             .expect("the parts are constants and a parsed host");
         let response = tokio::select! {
             biased;

@@ -63,6 +63,14 @@ pub enum Failure {
     /// Whoever read our output has left, as `head` does. Not worth a word.
     #[error("the reader of the output left")]
     ReaderLeft,
+    /// A file that the person named cannot be read or written.
+    #[error("cannot use {}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The standard input cannot be read.
     #[error("cannot read the input: {0}")]
     Input(io::Error),

@@ -14,6 +14,7 @@ mod answer;
 mod client;
 mod cmd;
 mod error;
+mod files;
 mod help;
 mod human;
 mod output;

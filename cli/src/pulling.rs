@@ -17,7 +17,15 @@ use crate::output;
 /// # Errors
 /// The daemon's own words, also when the stream ends without a word of success.
 pub async fn pull(client: &Client, model: &str) -> Result<(), Failure> {
-    let mut lines = client.stream("/api/pull", &json!({ "model": model })).await?;
+    follow(client, "/api/pull", &json!({ "model": model })).await
+}
+
+/// Asks for work that takes a while and shows how it goes.
+///
+/// # Errors
+/// As for [`pull`].
+pub async fn follow(client: &Client, path: &str, body: &Value) -> Result<(), Failure> {
+    let mut lines = client.stream(path, body).await?;
     let mut display: Box<dyn Display> = if io::stderr().is_terminal() {
         Box::new(Bars::default())
     } else {
@@ -29,7 +37,7 @@ pub async fn pull(client: &Client, model: &str) -> Result<(), Failure> {
         is_done = step.status == "success";
         display.show(&step);
     }
-    if is_done { Ok(()) } else { Err(Failure::Lost("the pull ended without success".to_owned())) }
+    if is_done { Ok(()) } else { Err(Failure::Lost("it ended without success".to_owned())) }
 }
 
 /// One line of the daemon's report.

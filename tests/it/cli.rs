@@ -29,7 +29,9 @@ impl Drop for Background<'_> {
 fn the_help_names_every_command_and_a_wrong_one_is_a_usage_error() {
     let home = Home::new();
     let page = run(&mut v4(&home, &["--help"]), "").success().to_owned();
-    for command in ["run", "pull", "list", "ps", "show", "stop", "rm", "serve"] {
+    let keep = ["pull", "pulls", "list", "show", "cp", "create", "push", "lock", "rm"];
+    let care = ["du", "fsck", "prune", "roots"];
+    for command in ["run", "ps", "stop", "serve"].into_iter().chain(keep).chain(care) {
         assert!(page.contains(&format!("\n  {command} ")), "{command}: {page}");
     }
     assert!(!page.contains("runner"), "{page}");
@@ -179,6 +181,68 @@ fn models_are_listed_shown_stopped_and_removed() {
     assert!(!home.blob(&blob).exists(), "nothing else uses it");
     assert!(v4(&["rm", "me/tiny:v1"]).failure(1).contains("not found"));
     assert!(v4(&["show", "me/tiny:v1"]).failure(1).contains("not found"));
+}
+
+#[test]
+fn a_model_is_made_copied_looked_after_and_removed() {
+    let home = Home::new();
+    let daemon = Daemon::start(&home);
+    let v4 = |args: &[&str]| run(&mut v4(&home, args), "");
+    let folder = home.beside().join("made");
+    fs::create_dir(&folder).expect("a writable folder");
+    fs::copy(v4_tests::golden().join("gguf").join(TINY), folder.join("tiny.gguf")).expect("a copy");
+    let modelfile = folder.join("Modelfile");
+    let text = "FROM ./tiny.gguf\nPARAMETER temperature 0\nSYSTEM be brief\nLICENSE mine\n";
+    fs::write(&modelfile, text).expect("a writable folder");
+    let file = modelfile.to_str().expect("a path");
+
+    let create = v4(&["create", "mine", "-f", file]);
+    create.success();
+    for line in ["parsing GGUF", "creating new layer sha256:", "writing manifest", "success"] {
+        assert!(create.stderr.contains(line), "{line}: {create:?}");
+    }
+    assert!(v4(&["show", "mine"]).success().contains("be brief"));
+    assert!(v4(&["show", "--provenance", "mine"]).success().contains("made on this machine"));
+    assert!(v4(&["run", "mine", "hi", "--num-predict", "2"]).success().len() > 1);
+
+    // On top of it another, which has all blobs but its texts in common.
+    fs::write(&modelfile, "FROM mine\nSYSTEM be long\n").expect("a writable folder");
+    v4(&["create", "me/other", "-f", file]).success();
+    assert_eq!(
+        v4(&["cp", "me/other", "third"]).success(),
+        "copied 'me/other:latest' to 'third:latest'\n"
+    );
+    let du = v4(&["du"]);
+    assert!(du.success().contains("me/other:latest    0 B"), "{du:?}");
+    assert!(v4(&["fsck"]).stderr.ends_with("success\n"));
+    assert_eq!(v4(&["prune"]).success(), "freed 0 B\n");
+
+    let lock = folder.join("v4.lock");
+    let lock = lock.to_str().expect("a path");
+    assert!(v4(&["lock", "mine", "-f", lock]).success().ends_with("holds 1 model(s)\n"));
+    assert!(fs::read_to_string(lock).expect("it").contains("\"digest\": \"sha256:"));
+    let locked = v4(&["pull", &format!("--locked={lock}")]);
+    assert!(locked.failure(1).contains("mine"), "it has no source: {locked:?}");
+    assert!(v4(&["lock", "nothing", "-f", lock]).failure(1).contains("v4 pull nothing"));
+
+    let blobs = home.blobs();
+    let largest = blobs.iter().max_by_key(|digest| home.blob(digest).metadata().expect("it").len());
+    fs::remove_file(home.blob(largest.expect("a blob"))).expect("a writable home");
+    let fsck = v4(&["fsck"]);
+    assert!(fsck.failure(1).contains("v4 fsck --repair"), "{fsck:?}");
+    assert!(fsck.stderr.contains("mine:latest: the blob"), "{fsck:?}");
+    for model in ["mine", "me/other", "third"] {
+        v4(&["rm", model]).success();
+    }
+    assert!(home.blobs().is_empty(), "nothing needs them");
+
+    fs::write(&modelfile, "FROM ./missing.gguf\n").expect("a writable folder");
+    assert!(v4(&["create", "mine", "-f", file]).failure(1).contains("there is no file"));
+    fs::write(&modelfile, "FROM x\nBAKE 7\n").expect("a writable folder");
+    assert!(v4(&["create", "mine", "-f", file]).failure(1).contains("(line 2)"));
+    assert!(v4(&["create", "mine", "-f", "nowhere"]).failure(1).contains("cannot use nowhere"));
+    assert!(v4(&["cp", "nothing", "mine"]).failure(1).contains("not found"));
+    assert_eq!(daemon.tcp.get("/api/tags").expect(200), json!({"models": []}));
 }
 
 #[test]

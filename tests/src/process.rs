@@ -31,6 +31,8 @@ pub fn v4(home: &Home, args: &[&str]) -> Command {
         .env("HOME", home.beside())
         .env("V4_HOME", home.path())
         .env("V4_LISTEN", "off")
+        // A name that the library does not have is looked for nowhere else.
+        .env("V4_REGISTRY", "off")
         // Many daemons run side by side here, on few cores.
         .env("V4_THREADS", "1")
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())

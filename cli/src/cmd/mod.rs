@@ -46,7 +46,8 @@ macro_rules! commands {
 
 commands! {
     "Use a model" { run, ps, stop }
-    "Keep models" { pull, list, show, rm }
+    "Keep models" { pull, pulls, list, show, cp, create, push, lock, rm }
+    "Look after models" { du, fsck, prune, roots }
     "Serve" { serve }
     "" { runner }
 }

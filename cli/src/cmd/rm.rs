@@ -24,7 +24,8 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
     let client = Client::new(Place::find(world.variable)?, IfAbsent::Start);
     client::runtime()?.block_on(async {
         for name in &names {
-            stop::unload(&client, name).await?;
+            // One that is damaged cannot be asked to stop; removing it stops it all the same.
+            let _ = stop::unload(&client, name).await;
             let body = json!({ "model": name.to_string() });
             client.call(Method::DELETE, "/api/delete", Some(&body)).await?;
             output::print(&format!("deleted '{name}'\n"))?;

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use http::Method;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use v4_proto::ModelName;
 
@@ -35,6 +36,9 @@ pub struct Args {
     /// Only its system prompt
     #[arg(long, group = "part")]
     system: bool,
+    /// Only where it came from, with the sources and digest of each file
+    #[arg(long, group = "part")]
+    provenance: bool,
     /// Also its metadata and tensors
     #[arg(short, long, conflicts_with = "part")]
     verbose: bool,
@@ -45,6 +49,9 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
     let client = Client::new(Place::find(world.variable)?, IfAbsent::Start);
     let body = json!({ "model": name.to_string(), "verbose": args.verbose });
     let shown = client::runtime()?.block_on(client.call(Method::POST, "/api/show", Some(&body)))?;
+    if args.provenance {
+        return output::print(&provenance(&shown));
+    }
     let parts = [
         ("license", args.license),
         ("modelfile", args.modelfile),
@@ -62,6 +69,34 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
 pub fn part(shown: &Value, key: &str) -> String {
     let text = shown[key].as_str().unwrap_or_default();
     if text.is_empty() || text.ends_with('\n') { text.to_owned() } else { format!("{text}\n") }
+}
+
+/// Where a model came from.
+fn provenance(shown: &Value) -> String {
+    let origin = &shown["provenance"];
+    if origin.is_null() {
+        return "It was made on this machine, or put here by another program.\n".to_owned();
+    }
+    let mut text = String::new();
+    for (key, name) in [("from", "from"), ("revision", "revision"), ("license", "license")] {
+        if let Some(value) = origin[key].as_str().filter(|value| !value.is_empty()) {
+            let _ = writeln!(text, "{name:<12}{value}");
+        }
+    }
+    let time = origin["pulled_at"].as_i64().and_then(|at| Timestamp::from_second(at).ok());
+    if let Some(time) = time {
+        let _ = writeln!(text, "{:<12}{time}", "pulled at");
+    }
+    for file in origin["files"].as_array().into_iter().flatten() {
+        let is_verified = file["verified"].as_bool().unwrap_or(false);
+        let word = if is_verified { "verified" } else { "as it came, nothing to hold it to" };
+        let digest = file["digest"].as_str().unwrap_or_default();
+        let _ = writeln!(text, "{:<12}{digest} ({word})", "file");
+        for source in file["sources"].as_array().into_iter().flatten() {
+            let _ = writeln!(text, "{:<12}{}", "", source.as_str().unwrap_or_default());
+        }
+    }
+    text
 }
 
 /// The sections, each under an indented heading.
@@ -211,6 +246,17 @@ mod tests {
         assert_eq!(overview(&shown(), false), expected);
         let verbose = overview(&shown(), true);
         assert!(verbose.contains("    output.weight    Q6_K    [576,49152]\n"), "{verbose}");
+    }
+
+    #[test]
+    fn provenance_is_told_file_by_file() {
+        let shown = json!({"provenance": {"from": "library:m", "revision": null,
+            "pulled_at": 0, "files": [{"digest": "sha256:aa", "verified": true,
+            "sources": ["pypi:a@1/x"]}]}});
+        let expected = "from        library:m\npulled at   1970-01-01T00:00:00Z\n\
+                        file        sha256:aa (verified)\n            pypi:a@1/x\n";
+        assert_eq!(provenance(&shown), expected);
+        assert!(provenance(&json!({})).starts_with("It was made on this machine"));
     }
 
     #[test]

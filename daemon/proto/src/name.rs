@@ -155,6 +155,44 @@ impl<'de> Deserialize<'de> for ModelName {
     }
 }
 
+/// A name as it may be pulled: also `hf:USER/REPOSITORY[@REVISION][:FILE-OR-QUANT]`, which is the
+/// name `hf.co/USER/REPOSITORY:FILE-OR-QUANT` of one revision, and with `https://` in front.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference {
+    /// The name.
+    pub name: ModelName,
+    /// The branch, tag or commit, where one is said.
+    pub revision: Option<String>,
+}
+
+impl FromStr for Reference {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let Some(rest) = text.strip_prefix("hf:") else {
+            let plain = text.strip_prefix("https://").unwrap_or(text);
+            return Ok(Self { name: plain.parse()?, revision: None });
+        };
+        let (repository, pick) = rest.split_once(':').unwrap_or((rest, DEFAULT_TAG));
+        let (repository, revision) = match repository.split_once('@') {
+            Some((repository, revision)) => (repository, Some(revision)),
+            None => (repository, None),
+        };
+        let is_revision = |text: &str| {
+            let is_valid = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+            !text.is_empty() && text.chars().all(is_valid) && !text.contains("..")
+        };
+        if let Some(text) = revision.filter(|text| !is_revision(text)) {
+            return Err(NameError::Part {
+                part: "revision",
+                text: text.chars().take(80).collect(),
+            });
+        }
+        let name = format!("hf.co/{repository}:{pick}").parse()?;
+        Ok(Self { name, revision: revision.map(str::to_owned) })
+    }
+}
+
 /// One part of a name: 1 to `max` characters, the first a letter, digit or `_`, the rest also of
 /// `extra`.
 fn check(part: &'static str, text: &str, max: usize, extra: &str) -> Result<(), NameError> {
@@ -271,6 +309,27 @@ mod tests {
             assert_eq!(name.path().join("/"), path, "{text}");
             assert_eq!(name.to_string(), shown, "{text}");
             assert_eq!(name.to_string().parse::<ModelName>().as_ref(), Ok(&name), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_repository_of_hugging_face_is_a_name_too() {
+        for (text, name, revision) in [
+            ("hf:me/x-GGUF", "hf.co/me/x-GGUF:latest", None),
+            ("hf:me/x-GGUF:Q4_K_M", "hf.co/me/x-GGUF:Q4_K_M", None),
+            ("hf:me/x@v1.0:x.gguf", "hf.co/me/x:x.gguf", Some("v1.0")),
+            ("hf:me/x@refs/pr/1", "hf.co/me/x:latest", Some("refs/pr/1")),
+            ("https://ghcr.io/a/b:c", "ghcr.io/a/b:c", None),
+            ("smollm2", "smollm2:latest", None),
+        ] {
+            let found: Reference = text.parse().expect(text);
+            assert_eq!(
+                (found.name.to_string().as_str(), found.revision.as_deref()),
+                (name, revision)
+            );
+        }
+        for text in ["hf:", "hf:x@", "hf:a/b@../c", "hf:a/b@x y", "hf:../b", "hf:a/b:c/d"] {
+            assert!(text.parse::<Reference>().is_err(), "{text:?}");
         }
     }
 

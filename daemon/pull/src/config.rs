@@ -4,7 +4,10 @@ use serde_json::{Value, json};
 use v4_proto::ModelInfo;
 
 /// The config blob of a model; `info` is `None` where the header could not be read.
-pub(crate) fn encode(info: Option<&ModelInfo>) -> Vec<u8> {
+///
+/// # Panics
+/// Never: it is made of JSON values.
+pub fn encode(info: Option<&ModelInfo>) -> Vec<u8> {
     let mut config = json!({
         "architecture": "amd64",
         "os": "linux",

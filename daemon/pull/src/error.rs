@@ -1,6 +1,6 @@
 //! What can go wrong in a pull.
 
-use v4_proto::{Code, Fault};
+use v4_proto::{Code, Digest, Fault};
 use v4_store::StoreError;
 
 /// What went wrong in a pull.
@@ -55,6 +55,57 @@ pub enum PullError {
         url: String,
         /// The status.
         status: u16,
+    },
+    /// No registry has the name.
+    #[error("model '{name}' not found{}", host.as_ref().map(|host| format!(" on {host}")).unwrap_or_default())]
+    Unknown {
+        /// The name.
+        name: String,
+        /// Who was asked last.
+        host: Option<String>,
+    },
+    /// A registry wants to know who asks.
+    #[error(
+        "{host} refuses access to '{name}'; if it is private, log in with `docker login {host}` or \
+         point V4_AUTH_FILE at a file that it wrote"
+    )]
+    Denied {
+        /// The name.
+        name: String,
+        /// Whose it is.
+        host: String,
+    },
+    /// A repository of Hugging Face that wants to know who asks, or is none.
+    #[error(
+        "{host} has no '{name}' that everybody may have; check the name, and if it is private or \
+         gated, set HF_TOKEN for v4 serve"
+    )]
+    Gated {
+        /// The name.
+        name: String,
+        /// Whose it is.
+        host: String,
+    },
+    /// A repository without a file that can be used.
+    #[error("the repository {repository} has {what}")]
+    Repository {
+        /// Which.
+        repository: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// It is another version than the one that was locked.
+    #[error(
+        "'{name}' is now {actual}, but {expected} is locked; nothing was changed: take the new one \
+         with `v4 lock`, or find out why it changed"
+    )]
+    Locked {
+        /// The name.
+        name: String,
+        /// The manifest that was locked.
+        expected: Digest,
+        /// The manifest that it is.
+        actual: Digest,
     },
     /// An answer that breaks the protocol.
     #[error("{url} sent {what}")]
@@ -125,12 +176,15 @@ impl PullError {
             | Self::Broken { .. }
             | Self::Stalled { .. }
             | Self::Status { .. }
+            | Self::Denied { .. }
+            | Self::Gated { .. }
+            | Self::Repository { .. }
             | Self::Answer { .. }
             | Self::Changed { .. }
             | Self::Package { .. } => Code::Upstream,
-            Self::Wrong { .. } => Code::Corrupt,
+            Self::Wrong { .. } | Self::Locked { .. } => Code::Corrupt,
             Self::File { .. } => Code::Disk,
-            Self::NoSource(_) => Code::NotFound,
+            Self::NoSource(_) | Self::Unknown { .. } => Code::NotFound,
             Self::Writer => Code::Internal,
         };
         Fault::new(code, self.to_string())

@@ -1,18 +1,24 @@
 //! One pull from recipe to manifest: files from their sources, the header read, the name written.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError, Weak},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
+use serde_json::json;
 use tokio::sync::watch;
 use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles};
-use v4_store::{Layer, Manifest, Partial, Role, Store, StoreError, manifest::CONFIG_TYPE, sha256};
+use v4_store::{
+    Layer, Lease, Manifest, Partial, Role, Store, StoreError, manifest::CONFIG_TYPE, sha256,
+};
 
 use crate::{
     config,
     error::{PullError, is_wrong},
     jobs::{Inspector, PullConfig},
+    limits,
+    pace::Pace,
     plan::{self, Step},
     progress::{FileProgress, Progress, Stage},
     recipe::{Location, Recipe, RecipeFile},
@@ -22,10 +28,12 @@ use crate::{
 
 /// What all pulls share.
 pub(crate) struct Fetcher {
-    store: Arc<Store>,
+    pub store: Arc<Store>,
     inspector: Arc<dyn Inspector>,
-    net: Net,
+    pub net: Net,
     turns: Turns,
+    /// How fast the bytes of all pulls together may come.
+    pub pace: Pace,
 }
 
 /// Who may write which key: two names may need the same file.
@@ -56,30 +64,29 @@ struct Got {
 
 impl Fetcher {
     pub fn new(store: Arc<Store>, inspector: Arc<dyn Inspector>, config: PullConfig) -> Self {
-        Self { store, inspector, net: Net::new(config), turns: Turns::default() }
+        let pace = Pace::new(config.rate);
+        Self { store, inspector, net: Net::new(config), turns: Turns::default(), pace }
     }
 
     /// Makes the recipe's name point to its files; how it ended is the last stage.
-    pub async fn make(&self, recipe: &Recipe, progress: &watch::Sender<Progress>) -> Stage {
-        match self.try_make(recipe, progress).await {
+    pub async fn make(&self, recipe: &Recipe, job: Watched<'_>) -> Stage {
+        match self.try_make(recipe, job).await {
             Ok(done) => done,
             Err(fault) => Stage::Failed(fault),
         }
     }
 
-    async fn try_make(
-        &self,
-        recipe: &Recipe,
-        progress: &watch::Sender<Progress>,
-    ) -> Result<Stage, Fault> {
+    async fn try_make(&self, recipe: &Recipe, job: Watched<'_>) -> Result<Stage, Fault> {
+        let progress = job.progress;
         // From here on nothing that is fetched or found can be collected under us.
         let texts = recipe.texts.iter().map(|(_, _, text)| sha256(text.as_bytes()));
         let known: Vec<Digest> =
             recipe.files.iter().filter_map(|file| file.digest).chain(texts).collect();
         let _lease = self.store.lease(&known);
         let (steps, current) = self.look(recipe).await.map_err(|error| error.fault())?;
-        progress.send_modify(|progress| progress.files = file_progress(recipe, &steps));
+        progress.send_modify(|progress| begin(&mut progress.files, file_progress(recipe, &steps)));
         if let Some(digest) = current {
+            held_to(job.locked, recipe, digest).map_err(|error| error.fault())?;
             let unsupported = self.known_unsupported(recipe);
             return Ok(Stage::Done { digest, unsupported });
         }
@@ -90,7 +97,8 @@ impl Fetcher {
                 continue;
             }
             progress.send_modify(|progress| progress.stage = Stage::File(i));
-            let one = self.file(file, Meter::new(progress, i)).await.map_err(|e| e.fault())?;
+            let meter = Meter::new(progress, [&self.pace, job.pace], i);
+            let one = self.file(file, meter).await.map_err(|e| e.fault())?;
             got.push(one);
             progress.send_modify(|progress| {
                 if let Some(file) = progress.files.get_mut(i) {
@@ -107,8 +115,15 @@ impl Fetcher {
         progress.send_modify(|progress| progress.stage = Stage::Verifying);
         let (inspection, unsupported) = self.inspect(recipe, &got).await?;
         progress.send_modify(|progress| progress.stage = Stage::Writing);
-        let digest = self.write(recipe, &got, inspection).await.map_err(|error| error.fault())?;
+        let written = self.write(recipe, &got, inspection, job.locked).await;
+        let digest = written.map_err(|error| error.fault())?;
         Ok(Stage::Done { digest, unsupported })
+    }
+
+    /// Whether a pull that waits for the disk may go on.
+    pub async fn has_room(&self) -> bool {
+        let store = Arc::clone(&self.store);
+        blocking(move || store.free_bytes()).await.is_ok_and(|free| free >= limits::DISK_BYTES)
     }
 
     /// What is here: a step a file, and the manifest's digest when nothing is to be done.
@@ -126,7 +141,9 @@ impl Fetcher {
                 Err(StoreError::Manifest { .. }) => None,
                 Err(error) => return Err(error),
             };
-            let Some(record) = record else { return Ok((steps, None)) };
+            let Some(record) = record else {
+                return room(&store, &recipe, &steps).map(|()| (steps, None));
+            };
             for layer in record.manifest.blobs() {
                 if whole(&store, &layer.digest)? != Some(layer.size) {
                     return Ok((steps, None));
@@ -144,7 +161,16 @@ impl Fetcher {
         if let Some(digest) = file.digest {
             // Another pull may have brought it while this one waited.
             let store = Arc::clone(&self.store);
-            let size = blocking(move || whole(&store, &digest)).await?;
+            let size = blocking(move || {
+                let size = whole(&store, &digest)?;
+                if size.is_none() && store.blob(&digest)?.is_some() {
+                    // It is here and damaged: what is right of it need not come again.
+                    let saved = store.salvage(&digest)?;
+                    tracing::warn!(%digest, saved, "a damaged blob is fetched again");
+                }
+                Ok(size)
+            });
+            let size = size.await?;
             if let Some(size) = size.filter(|size| file.size.is_none_or(|wanted| wanted == *size)) {
                 return Ok(Got { digest, size });
             }
@@ -180,33 +206,36 @@ impl Fetcher {
         turn: &Turn,
         meter: &Meter<'_>,
     ) -> Result<Got, PullError> {
-        let mut writer = Writer::open(&self.store, key, file.size, turn).await?;
+        let writer = Writer::open(&self.store, key, file.size, turn).await?;
         if file.digest.is_none() {
             // Nothing could tell whether what is here belongs to what comes.
             writer.restart().await?;
         }
-        let was_resumed = writer.offset() > 0;
+        let was_resumed = writer.total() > 0;
         let place = Place { store: &self.store, turns: &self.turns, net: &self.net };
-        let mut staged = read_parts(place, location, file, &mut writer, meter).await;
+        let mut staged = read_parts(place, location, file, &writer, meter).await;
         if matches!(staged, Err(PullError::Changed { .. })) {
             writer.restart().await?;
-            staged = read_parts(place, location, file, &mut writer, meter).await;
+            staged = read_parts(place, location, file, &writer, meter).await;
         }
         // Also after an error: the next source begins when this one's writer is done.
         let partial = writer.finish().await;
-        let staged = match staged {
-            Ok(staged) => staged,
-            Err(error) => {
+        let (staged, mut partial) = match (staged, partial) {
+            (Ok(staged), Ok(partial)) => (staged, partial),
+            // That the writer ended is known here, why it did there.
+            (Ok(_) | Err(PullError::Writer), Err(error)) => {
+                return Err(error.at(location, was_resumed));
+            }
+            (Err(error), partial) => {
                 discard_empty(partial, turn).await?;
                 self.net.note(location, &error);
                 return Err(error.at(location, was_resumed));
             }
         };
-        let partial = partial?;
         let (digest, size) = (file.digest, file.size);
         let (store, turn) = (Arc::clone(&self.store), Arc::clone(turn));
         let commit = blocking(move || {
-            let digest = digest.unwrap_or_else(|| partial.digest());
+            let digest = digest.map_or_else(|| partial.digest(), Ok)?;
             let size = size.unwrap_or_else(|| partial.offset());
             let committed = partial.commit(&digest, size);
             if committed.is_ok() {
@@ -264,36 +293,121 @@ impl Fetcher {
         recipe: &Recipe,
         got: &[Got],
         inspection: Option<Inspection>,
+        locked: Option<Digest>,
     ) -> Result<Digest, PullError> {
         let (store, recipe, got) = (Arc::clone(&self.store), recipe.clone(), got.to_vec());
+        let (manifest, _lease) = {
+            let (store, recipe, got) = (Arc::clone(&store), recipe.clone(), got.clone());
+            blocking(move || manifest(&store, &recipe, &got, inspection.as_ref())).await?
+        };
+        held_to(locked, &recipe, sha256(&manifest))?;
         blocking(move || {
-            let config = config::encode(inspection.as_ref().map(|one| &one.info));
-            let _lease = store.lease(&[sha256(&config)]);
-            let config_layer =
-                Layer::new(CONFIG_TYPE, store.put_blob(&config)?, config.len() as u64);
-            let mut layers = Vec::new();
-            for (file, one) in recipe.files.iter().zip(&got) {
-                layers.push(Layer::new(&file.media_type, one.digest, one.size));
-            }
-            for (_, media_type, text) in &recipe.texts {
-                let digest = store.put_blob(text.as_bytes())?;
-                layers.push(Layer::new(media_type, digest, text.len() as u64));
-            }
-            if let (Some(inspection), Some(first)) = (&inspection, weights(&recipe, &got).next()) {
-                // The header can be read again; a model that is here is worth more than its row.
-                if let Err(error) = store.put_inspection(&first, inspection) {
-                    tracing::warn!(%error, "what the header says is not kept");
-                }
-            }
-            store.put_manifest(&recipe.name, &Manifest::new(config_layer, layers).encode())
+            let digest = store.put_manifest(&recipe.name, &manifest)?;
+            note_origin(&store, &recipe, &got, &digest);
+            Ok(digest)
         })
         .await
     }
 }
 
+/// Refuses a manifest that is not the one that was locked.
+fn held_to(locked: Option<Digest>, recipe: &Recipe, actual: Digest) -> Result<(), PullError> {
+    match locked.filter(|locked| *locked != actual) {
+        None => Ok(()),
+        Some(expected) => {
+            Err(PullError::Locked { name: recipe.name.to_string(), expected, actual })
+        }
+    }
+}
+
+/// The bytes of a recipe's manifest: those that came, or new ones over texts and config, which are
+/// stored first and leased.
+fn manifest(
+    store: &Arc<Store>,
+    recipe: &Recipe,
+    got: &[Got],
+    inspection: Option<&Inspection>,
+) -> Result<(Vec<u8>, Vec<Lease>), StoreError> {
+    if let (Some(inspection), Some(first)) = (inspection, weights(recipe, got).next()) {
+        // The header can be read again; a model that is here is worth more than its row.
+        if let Err(error) = store.put_inspection(&first, inspection) {
+            tracing::warn!(%error, "what the header says is not kept");
+        }
+    }
+    if let Some(manifest) = &recipe.manifest {
+        return Ok((manifest.clone(), Vec::new()));
+    }
+    let config = config::encode(inspection.map(|one| &one.info));
+    let lease = store.lease(&[sha256(&config)]);
+    let config_layer = Layer::new(CONFIG_TYPE, store.put_blob(&config)?, config.len() as u64);
+    let mut layers = Vec::new();
+    for (file, one) in recipe.files.iter().zip(got) {
+        layers.push(Layer::new(&file.media_type, one.digest, one.size));
+    }
+    for (_, media_type, text) in &recipe.texts {
+        let digest = store.put_blob(text.as_bytes())?;
+        layers.push(Layer::new(media_type, digest, text.len() as u64));
+    }
+    Ok((Manifest::new(config_layer, layers).encode(), vec![lease]))
+}
+
+/// Writes down where a model came from, and when. It is whole without that.
+fn note_origin(store: &Store, recipe: &Recipe, got: &[Got], manifest: &Digest) {
+    let file = |(file, one): (&RecipeFile, &Got)| {
+        let sources: Vec<String> = file.sources.iter().map(ToString::to_string).collect();
+        // Without a digest in the recipe there is nothing it was held to.
+        json!({ "digest": one.digest, "verified": file.digest.is_some(), "sources": sources })
+    };
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let origin = json!({
+        "from": recipe.origin.from,
+        "revision": recipe.origin.revision,
+        "license": recipe.origin.license,
+        "pulled_at": since.as_secs(),
+        "files": recipe.files.iter().zip(got).map(file).collect::<Vec<_>>(),
+    });
+    if let Err(error) = store.put_origin(manifest, origin.to_string().as_bytes()) {
+        tracing::warn!(%error, "where the model came from is not kept");
+    }
+}
+
+/// What a job is told by, and how fast it may be.
+#[derive(Clone, Copy)]
+pub(crate) struct Watched<'a> {
+    pub progress: &'a watch::Sender<Progress>,
+    pub pace: &'a Pace,
+    /// What the manifest must be.
+    pub locked: Option<Digest>,
+}
+
+/// The files of a job that begins, or goes on: what was told of it before stays true.
+fn begin(files: &mut Vec<FileProgress>, mut now: Vec<FileProgress>) {
+    if files.len() == now.len() {
+        for (before, now) in files.iter().zip(&mut now) {
+            now.completed = now.completed.max(before.completed);
+        }
+    }
+    *files = now;
+}
+
+/// Makes sure that there is room for what is missing of all files, before the first byte.
+fn room(store: &Store, recipe: &Recipe, steps: &[Step]) -> Result<(), StoreError> {
+    let mut needed = 0_u64;
+    let mut keys = HashSet::new();
+    for (file, step) in recipe.files.iter().zip(steps) {
+        let key = key(file);
+        let Some(size) = file.size.filter(|_| *step == Step::Fetch) else { continue };
+        if keys.insert(key.clone()) {
+            needed = needed.saturating_add(size.saturating_sub(store.partial_bytes(&key)?));
+        }
+    }
+    let free = store.free_bytes()?;
+    if needed > free { Err(StoreError::Space { needed, free }) } else { Ok(()) }
+}
+
 /// Removes what holds nothing. A partial that failed has been told of already.
 async fn discard_empty(partial: Result<Partial, PullError>, turn: &Turn) -> Result<(), PullError> {
-    let Some(partial) = partial.ok().filter(|partial| partial.offset() == 0) else {
+    let Some(partial) = partial.ok().filter(|partial| partial.here().total() == 0) else {
         return Ok(());
     };
     let turn = Arc::clone(turn);
@@ -306,7 +420,7 @@ async fn read_parts(
     place: Place<'_>,
     location: &Location,
     file: &RecipeFile,
-    writer: &mut Writer,
+    writer: &Writer,
     meter: &Meter<'_>,
 ) -> Result<Vec<String>, PullError> {
     let n_parts = location.parts().len() as u64;
@@ -318,8 +432,8 @@ async fn read_parts(
         }
         let expected = file.size.filter(|_| n_parts == 1);
         let share = source::Share { part: i, n_parts, expected };
-        let mut sink = Sink::new(writer, base, meter.again());
-        base += source::read(place, part, share, &mut sink, &mut staged).await?;
+        let sink = Sink::new(writer, base, meter.again());
+        base += source::read(place, part, share, &sink, &mut staged).await?;
     }
     Ok(staged)
 }

@@ -2,20 +2,24 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroU64,
+    path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::sync::watch;
-use v4_proto::{Code, Fault, Inspection, ModelFiles, ModelName};
+use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles, ModelName};
 use v4_store::Store;
 
 use crate::{
-    fetch::Fetcher,
+    fetch::{Fetcher, Watched},
     limits,
+    pace::Pace,
     progress::{Progress, Stage},
     recipe::Recipe,
+    source,
 };
 
 /// Where recipes come from. The server gives the library that ships with v4.
@@ -41,6 +45,16 @@ pub trait Inspector: Send + Sync {
 pub struct PullConfig {
     /// The Python package index: scheme and host, and a path before `/pypi/` where there is one.
     pub index_url: String,
+    /// The registries of names without a host, best first, each with its scheme. Empty is none.
+    pub registries: Vec<String>,
+    /// The hub that names of `hf.co` are pulled from: scheme and host.
+    pub hf_endpoint: String,
+    /// What opens private repositories there.
+    pub hf_token: Option<String>,
+    /// Credentials for registries, as `docker login` writes them.
+    pub auth_file: Option<PathBuf>,
+    /// Bytes a second of all pulls together; `None` is as fast as they come.
+    pub rate: Option<NonZeroU64>,
     /// To connect.
     pub connect_timeout: Duration,
     /// Without a byte.
@@ -51,17 +65,25 @@ pub struct PullConfig {
     pub tries: u32,
     /// How long an unreachable host is tried last.
     pub unreachable_for: Duration,
+    /// Between two looks at a full disk.
+    pub disk_every: Duration,
 }
 
 impl Default for PullConfig {
     fn default() -> Self {
         Self {
             index_url: crate::source::pypi::DEFAULT_INDEX_URL.to_owned(),
+            registries: vec![format!("https://{}", v4_proto::name::DEFAULT_HOST)],
+            hf_endpoint: "https://huggingface.co".to_owned(),
+            hf_token: None,
+            auth_file: None,
+            rate: None,
             connect_timeout: limits::CONNECT_TIMEOUT,
             stall_timeout: limits::STALL_TIMEOUT,
             backoff: limits::BACKOFF,
             tries: limits::TRIES,
             unreachable_for: limits::UNREACHABLE_FOR,
+            disk_every: limits::DISK_EVERY,
         }
     }
 }
@@ -73,13 +95,68 @@ pub struct Jobs(Arc<Shared>);
 struct Shared {
     catalog: Arc<dyn Catalog>,
     fetcher: Fetcher,
-    running: Mutex<HashMap<ModelName, watch::Sender<Progress>>>,
+    running: Mutex<HashMap<ModelName, Arc<Job>>>,
 }
 
 impl Shared {
-    fn running(&self) -> MutexGuard<'_, HashMap<ModelName, watch::Sender<Progress>>> {
+    fn running(&self) -> MutexGuard<'_, HashMap<ModelName, Arc<Job>>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How a pull is wished.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Plain HTTP to a registry that is not this machine's.
+    pub is_plain: bool,
+    /// It goes on when nobody watches.
+    pub is_detached: bool,
+    /// Bytes a second.
+    pub rate: Option<NonZeroU64>,
+    /// The branch, tag or commit of a repository; not said is `main`.
+    pub revision: Option<String>,
+    /// The manifest that it must be; anything else is refused before the name changes.
+    pub locked: Option<Digest>,
+}
+
+/// What becomes of a pull that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It stops and keeps what it has, until it is resumed.
+    Pause,
+    /// It goes on.
+    Resume,
+    /// It ends and keeps what it has for another pull.
+    Cancel,
+    /// Bytes a second; `None` is as fast as they come.
+    Rate(Option<NonZeroU64>),
+}
+
+/// A pull that runs, as it is listed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Running {
+    /// Its name.
+    pub name: ModelName,
+    /// How far it is.
+    pub progress: Progress,
+    /// Its own bound in bytes a second.
+    pub rate: Option<NonZeroU64>,
+    /// Whether it goes on when nobody watches.
+    pub is_detached: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Control {
+    is_paused: bool,
+    is_cancelled: bool,
+    is_detached: bool,
+}
+
+/// One pull: what it tells and what it is told.
+struct Job {
+    sender: watch::Sender<Progress>,
+    control: watch::Sender<Control>,
+    pace: Pace,
 }
 
 impl Jobs {
@@ -94,17 +171,27 @@ impl Jobs {
         Self(Arc::new(Shared { catalog, fetcher, running: Mutex::default() }))
     }
 
-    /// Starts to pull a name, or joins the job that does. Must be called on a tokio runtime.
+    /// Starts to pull a name, or joins the job that does: then the wish counts for as much as it
+    /// asks for. Must be called on a tokio runtime.
     ///
     /// # Errors
-    /// [`Code::NotFound`] for a name no recipe is known for; [`Code::Unsupported`] for one of
-    /// another host; [`Code::Overloaded`] when too many pulls run.
-    pub fn pull(&self, name: &ModelName) -> Result<Watch, Fault> {
+    /// [`Code::NotFound`] for a name that neither the library nor any registry can know;
+    /// [`Code::Overloaded`] when too many pulls run.
+    pub fn pull(&self, name: &ModelName, wish: Wish) -> Result<Watch, Fault> {
         let mut running = self.0.running();
-        if let Some(sender) = running.get(name) {
-            return Ok(Watch::new(sender.subscribe()));
+        if let Some(job) = running.get(name) {
+            job.control.send_modify(|control| control.is_detached |= wish.is_detached);
+            if wish.rate.is_some() {
+                job.pace.set(wish.rate);
+            }
+            return Ok(Watch::new(job.sender.subscribe()));
         }
-        let recipe = self.0.catalog.find(name).ok_or_else(|| self.unknown(name))?;
+        let recipe = self.0.catalog.find(name);
+        let has_registry = name.host() != v4_proto::name::DEFAULT_HOST
+            || !self.0.fetcher.net.config.registries.is_empty();
+        if recipe.is_none() && !has_registry {
+            return Err(self.0.not_in_library(name));
+        }
         if running.len() >= limits::PULLS {
             return Err(Fault::new(
                 Code::Overloaded,
@@ -113,57 +200,111 @@ impl Jobs {
         }
         let (sender, receiver) =
             watch::channel(Progress { stage: Stage::Manifest, files: Vec::new() });
-        running.insert(name.clone(), sender.clone());
+        let is_detached = wish.is_detached;
+        let control = Control { is_paused: false, is_cancelled: false, is_detached };
+        let (control, pace) = (watch::Sender::new(control), Pace::new(wish.rate));
+        let job = Arc::new(Job { sender, control, pace });
+        running.insert(name.clone(), Arc::clone(&job));
         drop(running);
-        let slot = Slot { shared: Arc::clone(&self.0), name: name.clone(), sender };
-        tokio::spawn(Self::run(slot, recipe));
+        let slot = Slot { shared: Arc::clone(&self.0), name: name.clone(), job };
+        tokio::spawn(slot.run(recipe, wish));
         Ok(Watch::new(receiver))
     }
 
-    /// Why a name cannot be pulled.
-    fn unknown(&self, name: &ModelName) -> Fault {
-        if name.host() != v4_proto::name::DEFAULT_HOST {
-            return Fault::new(
-                Code::Unsupported,
-                format!(
-                    "model '{name}' is on the registry {}, and this version of v4 pulls from its \
-                     library only",
-                    name.host()
-                ),
-            );
+    /// Sends a stored name to its registry. The push is cancelled when nobody watches. Must be
+    /// called on a tokio runtime.
+    pub fn push(&self, name: &ModelName, is_plain: bool) -> Watch {
+        let (sender, receiver) =
+            watch::channel(Progress { stage: Stage::Manifest, files: Vec::new() });
+        let (shared, name) = (Arc::clone(&self.0), name.clone());
+        tokio::spawn(async move {
+            let Fetcher { store, net, .. } = &shared.fetcher;
+            tokio::select! {
+                () = crate::push::push(store, net, &name, is_plain, &sender) => {}
+                () = sender.closed() => tracing::info!(%name, "push cancelled: nobody watches it"),
+            }
+        });
+        Watch::new(receiver)
+    }
+
+    /// The pulls that run, by name.
+    pub fn list(&self) -> Vec<Running> {
+        let of = |(name, job): (&ModelName, &Arc<Job>)| Running {
+            name: name.clone(),
+            progress: job.sender.borrow().clone(),
+            rate: job.pace.rate(),
+            is_detached: job.control.borrow().is_detached,
+        };
+        let mut list: Vec<Running> = self.0.running().iter().map(of).collect();
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        list
+    }
+
+    /// Changes a pull that runs.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] when none of this name does.
+    pub fn change(&self, name: &ModelName, change: Change) -> Result<(), Fault> {
+        let running = self.0.running();
+        let job = running
+            .get(name)
+            .ok_or_else(|| Fault::new(Code::NotFound, format!("no pull of '{name}' is running")))?;
+        match change {
+            Change::Pause => job.control.send_modify(|control| control.is_paused = true),
+            Change::Resume => job.control.send_modify(|control| control.is_paused = false),
+            Change::Cancel => job.control.send_modify(|control| control.is_cancelled = true),
+            Change::Rate(rate) => job.pace.set(rate),
         }
-        let names = self.0.catalog.names().join(", ");
+        Ok(())
+    }
+
+    /// Bytes a second of all pulls together.
+    pub fn rate(&self) -> Option<NonZeroU64> {
+        self.0.fetcher.pace.rate()
+    }
+
+    /// Sets the bytes a second of all pulls together, from now on.
+    pub fn set_rate(&self, rate: Option<NonZeroU64>) {
+        self.0.fetcher.pace.set(rate);
+    }
+}
+
+impl Shared {
+    /// Why a name that no registry is asked for cannot be pulled.
+    fn not_in_library(&self, name: &ModelName) -> Fault {
+        let names = self.catalog.names().join(", ");
         Fault::new(
             Code::NotFound,
             format!("model '{name}' not found in the library; it has {names}"),
         )
     }
 
-    /// One job from start to end.
-    async fn run(slot: Slot, recipe: Recipe) {
-        let work = slot.shared.fetcher.make(&recipe, &slot.sender);
-        let mut work = std::pin::pin!(work);
-        let outcome = loop {
-            tokio::select! {
-                biased;
-                outcome = &mut work => break outcome,
-                () = slot.sender.closed() => {
-                    // Whoever joined between the last one's leaving and this lock keeps it going.
-                    let mut running = slot.shared.running();
-                    if slot.sender.receiver_count() == 0 {
-                        running.remove(&slot.name);
-                        tracing::info!(name = %recipe.name, "pull cancelled: nobody watches it");
-                        return;
-                    }
-                }
-            }
+    /// What a registry says of a name that the library does not have.
+    async fn ask(&self, name: &ModelName, wish: &Wish) -> Result<Recipe, Fault> {
+        let net = &self.fetcher.net;
+        let asked = if source::hf::is_repository(name) {
+            source::hf::resolve(net, name, wish.revision.as_deref()).await
+        } else {
+            source::registry::resolve(net, name, wish.is_plain).await
         };
-        if let Stage::Failed(fault) = &outcome {
-            tracing::warn!(name = %recipe.name, %fault, "pull failed");
-        }
-        slot.leave();
-        slot.sender.send_modify(|progress| progress.stage = outcome);
+        asked.map_err(|error| {
+            let fault = error.fault();
+            if !name.is_library() {
+                return fault;
+            }
+            let names = self.catalog.names().join(", ");
+            let message = format!("{}; the library of v4 has {names}", fault.message);
+            Fault::new(fault.code, message)
+        })
     }
+}
+
+/// Why a job stopped working.
+enum Pause {
+    /// It ended.
+    Ended(Stage),
+    /// It was told to, or nobody watches.
+    Told,
 }
 
 /// A job's place among those that run. However the job ends, a panic too, the place is free after
@@ -171,14 +312,117 @@ impl Jobs {
 struct Slot {
     shared: Arc<Shared>,
     name: ModelName,
-    sender: watch::Sender<Progress>,
+    job: Arc<Job>,
 }
 
 impl Slot {
+    /// One job from start to end.
+    async fn run(self, mut recipe: Option<Recipe>, wish: Wish) {
+        let outcome = loop {
+            let pause = tokio::select! {
+                biased;
+                stage = self.work(&mut recipe, &wish) => Pause::Ended(stage),
+                () = self.told(|control| control.is_paused || control.is_cancelled) => Pause::Told,
+            };
+            let why = match pause {
+                Pause::Ended(Stage::Failed(fault)) if self.waits_for_disk(&fault).await => {
+                    Some(fault.message)
+                }
+                Pause::Ended(stage) => break stage,
+                Pause::Told => None,
+            };
+            if self.is_over() {
+                return;
+            }
+            if self.job.control.borrow().is_cancelled {
+                break Stage::Failed(Fault::new(Code::Cancelled, "the pull was cancelled"));
+            }
+            let is_full = why.is_some();
+            if is_full || self.job.control.borrow().is_paused {
+                tracing::info!(name = %self.name, why, "pull paused");
+                self.job.sender.send_modify(|progress| progress.stage = Stage::Paused(why));
+            }
+            if is_full {
+                tokio::select! {
+                    () = self.room() => {}
+                    () = self.told(|control| control.is_cancelled) => {}
+                }
+            }
+            self.told(|control| !control.is_paused || control.is_cancelled).await;
+            if self.is_over() {
+                return;
+            }
+        };
+        if let Stage::Failed(fault) = &outcome {
+            tracing::warn!(name = %self.name, %fault, "pull failed");
+        }
+        self.leave();
+        self.job.sender.send_modify(|progress| progress.stage = outcome);
+    }
+
+    /// Does the work, from where it is.
+    async fn work(&self, recipe: &mut Option<Recipe>, wish: &Wish) -> Stage {
+        let recipe = match recipe {
+            Some(recipe) => recipe,
+            None => match self.shared.ask(&self.name, wish).await {
+                Ok(found) => recipe.insert(found),
+                Err(fault) => return Stage::Failed(fault),
+            },
+        };
+        let (progress, pace) = (&self.job.sender, &self.job.pace);
+        let job = Watched { progress, pace, locked: wish.locked };
+        self.shared.fetcher.make(recipe, job).await
+    }
+
+    /// Waits until it is told so, or nobody watches a job that is to be watched.
+    async fn told(&self, is_so: impl Fn(&Control) -> bool) {
+        let mut control = self.job.control.subscribe();
+        loop {
+            let now = *control.borrow_and_update();
+            if is_so(&now) {
+                return;
+            }
+            tokio::select! {
+                // The sender lives as long as the job.
+                _ = control.changed() => {}
+                () = self.job.sender.closed(), if !now.is_detached => return,
+            }
+        }
+    }
+
+    /// Whether nobody watches any more. Then the place is given up in the same moment, so that
+    /// whoever comes next starts a new job.
+    fn is_over(&self) -> bool {
+        let mut running = self.shared.running();
+        let is_over =
+            self.job.sender.receiver_count() == 0 && !self.job.control.borrow().is_detached;
+        if is_over {
+            running.remove(&self.name);
+            tracing::info!(name = %self.name, "pull cancelled: nobody watches it");
+        }
+        is_over
+    }
+
+    /// Whether a failure is a disk that became full on the way: that may pass.
+    async fn waits_for_disk(&self, fault: &Fault) -> bool {
+        let is_on_the_way = matches!(self.job.sender.borrow().stage, Stage::File(_));
+        fault.code == Code::Disk && is_on_the_way && !self.shared.fetcher.has_room().await
+    }
+
+    /// Waits until there is room on the disk.
+    async fn room(&self) {
+        loop {
+            tokio::time::sleep(self.shared.fetcher.net.config.disk_every).await;
+            if self.shared.fetcher.has_room().await {
+                return;
+            }
+        }
+    }
+
     /// Makes room for a new job of this name.
     fn leave(&self) {
         let mut running = self.shared.running();
-        if running.get(&self.name).is_some_and(|sender| sender.same_channel(&self.sender)) {
+        if running.get(&self.name).is_some_and(|job| Arc::ptr_eq(job, &self.job)) {
             running.remove(&self.name);
         }
     }
@@ -187,7 +431,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.leave();
-        self.sender.send_if_modified(|progress| {
+        self.job.sender.send_if_modified(|progress| {
             let is_early = !progress.is_last();
             if is_early {
                 let fault = Fault::internal("the pull ended early; the log of v4 serve says why");

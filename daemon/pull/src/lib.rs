@@ -10,18 +10,20 @@
 
 #![forbid(unsafe_code)]
 
-mod config;
+pub mod config;
 mod error;
 mod fetch;
 mod jobs;
 mod limits;
+mod pace;
 mod plan;
 mod progress;
+mod push;
 mod recipe;
 mod source;
 mod write;
 
 pub use error::PullError;
-pub use jobs::{Catalog, Inspecting, Inspector, Jobs, PullConfig, Watch};
+pub use jobs::{Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Watch, Wish};
 pub use progress::{FileProgress, Progress, Stage};
-pub use recipe::{Location, Part, Recipe, RecipeFile};
+pub use recipe::{Location, Origin, Part, Recipe, RecipeFile, RegistryBlob};

@@ -50,6 +50,9 @@ pub(crate) fn order(
 
 /// Whether the name already points to just what the recipe says.
 pub(crate) fn is_current(recipe: &Recipe, record: &Record) -> bool {
+    if let Some(manifest) = &recipe.manifest {
+        return record.digest == sha256(manifest);
+    }
     let files = recipe.files.iter().map(|file| (file.media_type.as_str(), file.digest));
     let texts =
         recipe.texts.iter().map(|(_, ty, text)| (ty.as_str(), Some(sha256(text.as_bytes()))));
@@ -107,6 +110,8 @@ mod tests {
             name: "m".parse().unwrap(),
             files: vec![file(Some(weights), Some(7))],
             texts: vec![(Role::License, license.clone(), text.to_owned())],
+            manifest: None,
+            origin: crate::recipe::Origin::default(),
         };
         let record = |layers| Record {
             name: recipe.name.clone(),

@@ -9,6 +9,8 @@ pub enum Stage {
     Manifest,
     /// Fetching the file of this number in [`Progress::files`].
     File(usize),
+    /// Waiting: it was told to, or for the reason that is said.
+    Paused(Option<String>),
     /// Reading the model's header in a process of its own.
     Verifying,
     /// Making the name point to it.

@@ -19,6 +19,22 @@ pub struct Recipe {
     pub files: Vec<RecipeFile>,
     /// Texts (licence, parameters, template…): role, media type, text.
     pub texts: Vec<(Role, String, String)>,
+    /// The bytes of a manifest that was found elsewhere, to be kept as they are: its layers are
+    /// the first files, its config the last. `None` makes one of the files and texts.
+    pub manifest: Option<Vec<u8>>,
+    /// What is known of where it comes from.
+    pub origin: Origin,
+}
+
+/// Where a model comes from, as far as that is more than the names of its sources.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The address, as a person would write it.
+    pub from: String,
+    /// What was asked for, pinned: a commit, a digest.
+    pub revision: Option<String>,
+    /// The licence, where somebody said which.
+    pub license: Option<String>,
 }
 
 /// One file of a recipe.
@@ -39,6 +55,12 @@ pub struct RecipeFile {
 /// A place where a file lies: one part, or several that are joined in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location(Vec<Part>);
+
+impl From<Part> for Location {
+    fn from(part: Part) -> Self {
+        Self(vec![part])
+    }
+}
 
 impl Location {
     /// The parts, at least one.
@@ -64,11 +86,52 @@ pub enum Part {
         /// The URL.
         url: String,
     },
+    /// A blob of a registry: `oci:[http://]HOST/REPOSITORY@DIGEST`.
+    Registry(RegistryBlob),
     /// A local file: `file:/PATH`.
     File {
         /// The absolute path.
         path: String,
     },
+}
+
+/// A blob of a registry that speaks the distribution protocol.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryBlob {
+    /// Scheme, host and port.
+    pub base: String,
+    /// The repository.
+    pub repository: String,
+    /// Which blob.
+    pub digest: Digest,
+}
+
+impl RegistryBlob {
+    /// `[http://]HOST/REPOSITORY@DIGEST`.
+    fn parse(text: &str) -> Option<Self> {
+        let (scheme, rest) = match text.strip_prefix("http://") {
+            Some(rest) => ("http", rest),
+            None => ("https", text.strip_prefix("https://").unwrap_or(text)),
+        };
+        let (path, digest) = rest.rsplit_once('@')?;
+        let (host, repository) = path.split_once('/')?;
+        let is_host = !host.is_empty()
+            && host.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:[]".contains(c));
+        let is_step = |step: &str| {
+            step.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+                && step.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        (is_host && repository.split('/').all(is_step)).then_some(())?;
+        let (base, repository) = (format!("{scheme}://{host}"), repository.to_owned());
+        Some(Self { base, repository, digest: digest.parse().ok()? })
+    }
+}
+
+impl fmt::Display for RegistryBlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = self.base.strip_prefix("https://").unwrap_or(&self.base);
+        write!(f, "oci:{host}/{}@{}", self.repository, self.digest)
+    }
 }
 
 impl fmt::Display for Part {
@@ -79,6 +142,7 @@ impl fmt::Display for Part {
                 write!(f, "pypi:{package}@{version}/{member}")
             }
             Self::Http { url } => f.write_str(&shown(url)),
+            Self::Registry(blob) => write!(f, "{blob}"),
             Self::File { path } => write!(f, "file:{path}"),
         }
     }
@@ -92,6 +156,8 @@ impl FromStr for Part {
             None
         } else if let Some(rest) = text.strip_prefix("pypi:") {
             parse_pypi(rest)
+        } else if let Some(rest) = text.strip_prefix("oci:") {
+            RegistryBlob::parse(rest).map(Self::Registry)
         } else if text.starts_with("http://") || text.starts_with("https://") {
             let has_host = reqwest::Url::parse(text).is_ok_and(|url| url.has_host());
             has_host.then(|| Self::Http { url: text.to_owned() })
@@ -157,6 +223,8 @@ mod tests {
             "http://127.0.0.1:8080/x",
             "file:/tmp/a b.gguf".split(' ').next().unwrap(),
             "pypi:a@1/x pypi:b@1.0+local/y/z file:/c",
+            "oci:ghcr.io/a/b/c@sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "oci:http://127.0.0.1:5000/b@sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ] {
             assert_eq!(text.parse::<Location>().unwrap().to_string(), text);
         }
@@ -188,6 +256,11 @@ mod tests {
             "http://",
             "https://",
             "ftp://example.org/x",
+            "oci:host/repository",
+            "oci:host/repository@sha256:12",
+            "oci:host@sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "oci:host/../x@sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "oci:ho st/x@sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             "example.org/x",
             &long,
             &many,

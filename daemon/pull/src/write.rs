@@ -1,16 +1,20 @@
 //! From the network to the disk: a thread that hashes and writes, and the [`Sink`] that a source
 //! fills.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use tokio::{
     sync::{OwnedMutexGuard, mpsc, watch},
     task::{JoinHandle, spawn_blocking},
 };
-use v4_store::{Partial, Store, StoreError};
+use v4_store::{Partial, Ranges, Store, StoreError};
 
-use crate::{error::PullError, limits, progress::Progress};
+use crate::{error::PullError, limits, pace::Pace, progress::Progress};
 
 /// The right to write a key, shared by the job and its writer thread: the next one gets it when
 /// both are done.
@@ -25,7 +29,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 }
 
 enum Command {
-    Write(Bytes),
+    Write(u64, Bytes),
     Restart,
 }
 
@@ -33,9 +37,11 @@ enum Command {
 /// leaves it for the next try.
 pub(crate) struct Writer {
     sender: mpsc::Sender<Command>,
-    /// `None` once it has ended with an error and told it.
-    thread: Option<JoinHandle<Result<Held, StoreError>>>,
-    offset: u64,
+    thread: JoinHandle<Result<Held, StoreError>>,
+    /// What is here, and what is on its way to the disk.
+    here: Mutex<Ranges>,
+    /// Bytes it may have.
+    size: u64,
 }
 
 impl Writer {
@@ -52,41 +58,64 @@ impl Writer {
         let opened =
             blocking(move || Ok(Held { partial: store.partial(&key, Some(size))?, _turn: turn }));
         let held = opened.await?;
-        let offset = held.partial.offset();
+        let here = Mutex::new(held.partial.here().clone());
         let (sender, receiver) = mpsc::channel(limits::PIECES);
         let thread = spawn_blocking(move || write_all(held, receiver));
-        Ok(Self { sender, thread: Some(thread), offset })
+        Ok(Self { sender, thread, here, size })
     }
 
-    /// Bytes that were given to it and those that were here before.
+    fn here(&self) -> MutexGuard<'_, Ranges> {
+        self.here.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes from the start without a gap.
     pub fn offset(&self) -> u64 {
-        self.offset
+        self.here().reach(0)
     }
 
-    async fn command(&mut self, command: Command) -> Result<(), PullError> {
-        if self.sender.send(command).await.is_ok() {
+    /// Bytes in all.
+    pub fn total(&self) -> u64 {
+        self.here().total()
+    }
+
+    /// What is missing of `within`.
+    pub fn gaps(&self, within: Range<u64>) -> Vec<Range<u64>> {
+        self.here().gaps(within)
+    }
+
+    /// Tells the thread. That it has ended is all that is known here; [`Writer::finish`] tells why.
+    async fn command(&self, command: Command) -> Result<(), PullError> {
+        self.sender.send(command).await.map_err(|_| PullError::Writer)
+    }
+
+    /// Takes bytes at their place; those that are here already are passed over. A source that has
+    /// too much has something else: nothing of it is kept.
+    pub async fn write_at(&self, at: u64, bytes: Bytes) -> Result<(), PullError> {
+        let range = at..at.saturating_add(bytes.len() as u64);
+        if range.end > self.size {
+            self.restart().await?;
+            let (expected, actual) = (self.size, range.end);
+            return Err(StoreError::Length { expected, actual }.into());
+        }
+        if self.gaps(range.clone()).is_empty() {
             return Ok(());
         }
-        // The thread takes commands until it fails.
-        self.end().await.and(Err(PullError::Writer))
+        self.command(Command::Write(at, bytes)).await?;
+        self.here().add(range);
+        Ok(())
     }
 
     /// Throws everything away and begins at 0.
-    pub async fn restart(&mut self) -> Result<(), PullError> {
-        self.offset = 0;
+    pub async fn restart(&self) -> Result<(), PullError> {
+        *self.here() = Ranges::default();
         self.command(Command::Restart).await
     }
 
     /// Waits until everything is written and synced.
-    pub async fn finish(mut self) -> Result<Partial, PullError> {
+    pub async fn finish(self) -> Result<Partial, PullError> {
+        let Self { sender, thread, .. } = self;
         // Its end of the channel is what tells the thread that there is no more.
-        (self.sender, _) = mpsc::channel(1);
-        self.end().await
-    }
-
-    /// How the thread ended.
-    async fn end(&mut self) -> Result<Partial, PullError> {
-        let thread = self.thread.take().ok_or(PullError::Writer)?;
+        drop(sender);
         Ok(thread.await.map_err(|_| PullError::Writer)??.partial)
     }
 }
@@ -103,14 +132,7 @@ fn write_all(mut held: Held, mut receiver: mpsc::Receiver<Command>) -> Result<He
     let partial = &mut held.partial;
     while let Some(command) = receiver.blocking_recv() {
         match command {
-            Command::Write(bytes) => match partial.write(&bytes) {
-                Err(error @ StoreError::Length { .. }) => {
-                    // A source that has too much has something else: nothing of it is kept.
-                    held.partial.discard()?;
-                    return Err(error);
-                }
-                written => written?,
-            },
+            Command::Write(at, bytes) => partial.write_at(at, bytes)?,
             Command::Restart => partial.restart()?,
         }
     }
@@ -118,13 +140,14 @@ fn write_all(mut held: Held, mut receiver: mpsc::Receiver<Command>) -> Result<He
     Ok(held)
 }
 
-/// Turns bytes that are here into progress of one file. Progress never goes backwards and is
-/// reported a few times a second.
+/// Turns bytes that are here into progress of one file, and holds them to the pace. Progress never
+/// goes backwards and is reported a few times a second.
 pub(crate) struct Meter<'a> {
     sender: &'a watch::Sender<Progress>,
+    paces: [&'a Pace; 2],
     file: usize,
     scale: Option<Scale>,
-    reported: Option<Instant>,
+    reported: Mutex<Option<Instant>>,
 }
 
 /// An archive's bytes stand for a share of the file.
@@ -149,18 +172,18 @@ impl Scale {
 
 impl<'a> Meter<'a> {
     /// Counts bytes of a file.
-    pub fn new(sender: &'a watch::Sender<Progress>, file: usize) -> Self {
-        Self { sender, file, scale: None, reported: None }
+    pub fn new(sender: &'a watch::Sender<Progress>, paces: [&'a Pace; 2], file: usize) -> Self {
+        Self { sender, paces, file, scale: None, reported: Mutex::default() }
     }
 
     /// The same, for another part.
     pub fn again(&self) -> Meter<'a> {
-        Meter { sender: self.sender, file: self.file, scale: self.scale, reported: None }
+        Meter { scale: self.scale, ..Meter::new(self.sender, self.paces, self.file) }
     }
 
     /// Counts bytes of an archive that stand for a share of the file.
     pub fn scaled(&self, scale: Scale) -> Meter<'a> {
-        Meter { sender: self.sender, file: self.file, scale: Some(scale), reported: None }
+        Meter { scale: Some(scale), ..self.again() }
     }
 
     /// Bytes of the whole file, where that is known.
@@ -168,13 +191,22 @@ impl<'a> Meter<'a> {
         self.sender.borrow().files.get(self.file).and_then(|file| file.total)
     }
 
+    /// Waits until so many bytes may come.
+    async fn pace(&self, n: u64) {
+        for pace in self.paces {
+            pace.take(n).await;
+        }
+    }
+
     /// Reports, unless it did so just now.
-    fn at(&mut self, done: u64) {
+    fn at(&self, done: u64) {
         let now = Instant::now();
-        if self.reported.is_some_and(|then| now - then < limits::PROGRESS_EVERY) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        if reported.is_some_and(|then| now - then < limits::PROGRESS_EVERY) {
             return;
         }
-        self.reported = Some(now);
+        *reported = Some(now);
+        drop(reported);
         let completed = self.scale.map_or(done, |scale| scale.completed(done));
         self.sender.send_if_modified(|progress| {
             let Some(file) = progress.files.get_mut(self.file) else { return false };
@@ -190,7 +222,7 @@ impl<'a> Meter<'a> {
 
 /// Where a source puts the bytes of one part.
 pub(crate) struct Sink<'a> {
-    writer: &'a mut Writer,
+    writer: &'a Writer,
     /// Where the part begins in the file.
     base: u64,
     /// Its meter.
@@ -199,27 +231,30 @@ pub(crate) struct Sink<'a> {
 
 impl<'a> Sink<'a> {
     /// A sink for the part that begins at `base`.
-    pub fn new(writer: &'a mut Writer, base: u64, meter: Meter<'a>) -> Self {
-        Self { writer, base, meter }
+    pub fn new(writer: &'a Writer, base: u64, meter: Meter<'a>) -> Self {
+        let sink = Self { writer, base, meter };
+        if writer.total() > 0 {
+            sink.meter.at(writer.total());
+        }
+        sink
     }
 
-    /// How many bytes of this part are here, or more where later parts are here too.
+    /// How many bytes of this part are here from its start, or more where later parts are here too.
     pub fn have(&self) -> u64 {
-        self.writer.offset().saturating_sub(self.base)
+        self.writer.here().reach(self.base).saturating_sub(self.base)
+    }
+
+    /// What is missing of the part's first `size` bytes.
+    pub fn gaps(&self, size: u64) -> Vec<Range<u64>> {
+        let gaps = self.writer.gaps(self.base..self.base.saturating_add(size));
+        gaps.into_iter().map(|gap| gap.start - self.base..gap.end - self.base).collect()
     }
 
     /// Takes bytes that begin at `at` in the part; those that are here already are passed over.
-    pub async fn write_at(&mut self, at: u64, mut bytes: Bytes) -> Result<(), PullError> {
-        let known = self.have().saturating_sub(at).min(bytes.len() as u64);
-        let known = usize::try_from(known).expect("at most the length of a slice");
-        bytes.advance(known);
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        debug_assert_eq!(at + known as u64, self.have(), "a source left a gap");
-        self.writer.offset += bytes.len() as u64;
-        self.writer.command(Command::Write(bytes)).await?;
-        self.meter.at(self.writer.offset);
+    pub async fn write_at(&self, at: u64, bytes: Bytes) -> Result<(), PullError> {
+        self.meter.pace(bytes.len() as u64).await;
+        self.writer.write_at(self.base + at, bytes).await?;
+        self.meter.at(self.writer.total());
         Ok(())
     }
 }

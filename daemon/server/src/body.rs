@@ -194,6 +194,24 @@ impl Reader {
         Ok(Taken { bytes: bytes.freeze(), _room: room })
     }
 
+    /// The next bytes of a body that is not kept in memory; `None` at its end.
+    ///
+    /// # Errors
+    /// 408 when the client stalls, 400 when it breaks off.
+    pub async fn piece<B>(&self, body: &mut B) -> Result<Option<Bytes>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        loop {
+            let frame = timeout(self.stall, body.frame()).await.map_err(|_| stalled(self.stall))?;
+            let Some(frame) = frame else { return Ok(None) };
+            let broken = |_| Fault::invalid("the request body broke off before its end");
+            if let Ok(data) = frame.map_err(broken)?.into_data() {
+                return Ok(Some(data));
+            }
+        }
+    }
+
     async fn room(&self) -> Result<OwnedSemaphorePermit, Fault> {
         let permit = timeout(self.stall, Arc::clone(&self.large).acquire_owned()).await;
         permit.ok().and_then(Result::ok).ok_or_else(|| {

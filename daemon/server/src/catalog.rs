@@ -3,7 +3,7 @@
 
 use v4_modelfile::library;
 use v4_proto::{Fault, ModelFiles, ModelName};
-use v4_pull::{Catalog, Inspecting, Inspector, Location, Recipe, RecipeFile};
+use v4_pull::{Catalog, Inspecting, Inspector, Location, Origin, Recipe, RecipeFile};
 use v4_store::Role;
 use v4_supervisor::Supervisor;
 
@@ -70,7 +70,8 @@ fn recipe(name: &ModelName, entry: &library::Entry) -> Result<Recipe, Fault> {
     for text in modelfile.licenses() {
         add(Role::License, text.to_owned());
     }
-    Ok(Recipe { name: name.clone(), files, texts })
+    let origin = Origin { from: format!("library:{}", entry.name()), ..Origin::default() };
+    Ok(Recipe { name: name.clone(), files, texts, manifest: None, origin })
 }
 
 /// The supervisor's runners as readers of headers.

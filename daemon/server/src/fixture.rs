@@ -20,7 +20,7 @@ use v4_proto::{
     ModelName, TensorInfo, ToolCall, Usage,
     frame::{self, BUILD, FromRunner, LENGTHS_BYTES, Lengths, PROTOCOL, ToRunner},
 };
-use v4_pull::{Catalog, Inspecting, Inspector, Jobs, PullConfig, Recipe, RecipeFile};
+use v4_pull::{Catalog, Inspecting, Inspector, Jobs, Origin, PullConfig, Recipe, RecipeFile};
 use v4_store::{Layer, Manifest, Role, Store};
 use v4_supervisor::{Supervisor, SupervisorConfig};
 
@@ -52,7 +52,7 @@ impl Fixture {
             Arc::clone(&store),
             Arc::new(shelf),
             Arc::new(Headers),
-            PullConfig::default(),
+            PullConfig { registries: Vec::new(), ..PullConfig::default() },
         );
         let daemon = Arc::new(Daemon::new(store, jobs, supervisor));
         let guard = Guard { checks_host: true, ..Guard::default() };
@@ -132,7 +132,13 @@ impl Catalog for Shelf {
             sources: vec![place],
         };
         let license = (Role::License, Role::License.media_type(), "Free.".to_owned());
-        let recipe = Recipe { name: name.clone(), files: vec![file], texts: vec![license] };
+        let recipe = Recipe {
+            name: name.clone(),
+            files: vec![file],
+            texts: vec![license],
+            manifest: None,
+            origin: Origin::default(),
+        };
         (name.is_library() && name.model() == "shelf").then_some(recipe)
     }
 

@@ -113,6 +113,15 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     if let Some(url) = &config.index_url {
         pull.index_url.clone_from(url);
     }
+    if let Some(registries) = &config.registries {
+        pull.registries.clone_from(registries);
+    }
+    if let Some(endpoint) = &config.hf_endpoint {
+        pull.hf_endpoint.clone_from(endpoint);
+    }
+    pull.hf_token.clone_from(&config.hf_token);
+    pull.auth_file.clone_from(&config.auth_file);
+    pull.rate = config.limit_rate;
     let headers = Arc::new(catalog::Headers(supervisor.clone()));
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
     Daemon::new(store, jobs, supervisor)

@@ -57,6 +57,12 @@ pub const WORKER_THREADS: usize = 2;
 /// needed and end when idle for ten seconds.
 pub const BLOCKING_THREADS: usize = 64;
 
+/// Lines of a model that is being made which may wait for their reader.
+pub const CREATE_LINES: usize = 16;
+
+/// Pieces of a blob that a client sends which may wait for the disk, each some 16 to 400 KiB.
+pub const BLOB_PIECES: usize = 16;
+
 /// Models whose figures are kept in memory, some 300 bytes each.
 pub const KNOWN_MODELS: usize = 256;
 

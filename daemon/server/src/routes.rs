@@ -15,7 +15,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Body as HttpBody;
 use jiff::Timestamp;
 use matchit::Router;
-use v4_proto::Fault;
+use v4_proto::{Digest, Fault};
 
 use crate::{
     api::{Encode, bytes, ollama, openai, wanted},
@@ -25,6 +25,7 @@ use crate::{
     guard::{Guard, Verdict},
     limits,
     ops::{
+        blobs, care, create,
         generate::{self, Ask, Running, Started, Step},
         models, ps, pull,
     },
@@ -50,7 +51,19 @@ enum Op {
     Generate,
     Chat,
     Pull,
+    Pulls,
+    Steer,
     Delete,
+    Copy,
+    Create,
+    Push,
+    HasBlob,
+    PutBlob,
+    Usage,
+    Prune,
+    Check,
+    Roots,
+    ChangeRoots,
     One,
 }
 
@@ -64,7 +77,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 12] = [
+static ROUTES: [Route; 24] = [
     route(Method::GET, "/", Surface::Ollama, Op::Alive),
     route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
@@ -73,6 +86,18 @@ static ROUTES: [Route; 12] = [
     route(Method::POST, "/api/generate", Surface::Ollama, Op::Generate),
     route(Method::POST, "/api/chat", Surface::Ollama, Op::Chat),
     route(Method::POST, "/api/pull", Surface::Ollama, Op::Pull),
+    route(Method::GET, "/api/pulls", Surface::Ollama, Op::Pulls),
+    route(Method::POST, "/api/pulls", Surface::Ollama, Op::Steer),
+    route(Method::POST, "/api/push", Surface::Ollama, Op::Push),
+    route(Method::POST, "/api/create", Surface::Ollama, Op::Create),
+    route(Method::POST, "/api/copy", Surface::Ollama, Op::Copy),
+    route(Method::HEAD, "/api/blobs/{digest}", Surface::Ollama, Op::HasBlob),
+    route(Method::POST, "/api/blobs/{digest}", Surface::Ollama, Op::PutBlob),
+    route(Method::GET, "/api/roots", Surface::Ollama, Op::Roots),
+    route(Method::POST, "/api/roots", Surface::Ollama, Op::ChangeRoots),
+    route(Method::GET, "/api/du", Surface::Ollama, Op::Usage),
+    route(Method::POST, "/api/prune", Surface::Ollama, Op::Prune),
+    route(Method::POST, "/api/fsck", Surface::Ollama, Op::Check),
     route(Method::DELETE, "/api/delete", Surface::Ollama, Op::Delete),
     route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Op::Chat),
     route(Method::GET, "/v1/models", Surface::OpenAi, Op::List),
@@ -88,7 +113,8 @@ pub struct Service {
     daemon: Arc<Daemon>,
     guard: Guard,
     reader: Reader,
-    router: Router<usize>,
+    /// The routes of each path.
+    router: Router<Vec<&'static Route>>,
     requests: AtomicU64,
 }
 
@@ -105,8 +131,12 @@ impl Service {
     /// Serves `daemon`, giving clients up that stall for `body_stall` within a body.
     pub fn new(daemon: Arc<Daemon>, guard: Guard, body_stall: Duration) -> Self {
         let mut router = Router::new();
-        for (number, route) in ROUTES.iter().enumerate() {
-            router.insert(route.path, number).expect("the table has each path once");
+        for route in &ROUTES {
+            let same = ROUTES.iter().filter(|other| other.path == route.path);
+            let all: Vec<&Route> = same.collect();
+            if std::ptr::eq(all[0], route) {
+                router.insert(route.path, all).expect("no two paths of the table are alike");
+            }
         }
         Self { daemon, guard, reader: Reader::new(body_stall), router, requests: AtomicU64::new(1) }
     }
@@ -140,19 +170,17 @@ impl Service {
         let Ok(found) = self.router.at(request.uri().path()) else {
             return plain(StatusCode::NOT_FOUND, "404 page not found");
         };
-        let route = &ROUTES[*found.value];
-        let is_head = route.method == Method::GET && request.method() == Method::HEAD;
-        if route.method != request.method() && !is_head {
-            let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "405 method not allowed");
-            let allow =
-                if route.method == Method::GET { "GET, HEAD" } else { route.method.as_str() };
-            response.headers_mut().insert(
-                header::ALLOW,
-                HeaderValue::from_str(allow).expect("a method's name is a header value"),
-            );
-            return response;
-        }
-        let rest = found.params.get("model").unwrap_or_default().to_owned();
+        let asked = match *request.method() {
+            Method::HEAD if !found.value.iter().any(|route| route.method == Method::HEAD) => {
+                &Method::GET
+            }
+            ref method => method,
+        };
+        let Some(&route) = found.value.iter().find(|route| route.method == asked) else {
+            return wrong_method(found.value);
+        };
+        let rest = found.params.get("model").or(found.params.get("digest"));
+        let rest = rest.unwrap_or_default().to_owned();
         let call = Call { id, route, rest, body: request.into_body() };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
@@ -192,9 +220,22 @@ impl Service {
                 let inspection = models::inspection(daemon, &model).await?;
                 Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
             }
+            (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
+            (Surface::Ollama, Op::Copy | Op::Create | Op::Push) => self.keep(call).await,
+            (Surface::Ollama, Op::Prune | Op::Check | Op::ChangeRoots) => self.care(call).await,
             (Surface::Ollama, Op::Pull) => {
                 let asked = ollama::decode::pull(&self.reader.read(call.body).await?.bytes)?;
-                follow(pull::start(daemon, asked.model)?, asked.stream).await
+                let is_left = asked.wish.is_detached && !asked.stream;
+                let pulling = pull::start(daemon, asked.model, asked.wish)?;
+                if is_left {
+                    return Ok(json(ollama::JSON_TYPE, ollama::listing::PullLines::first()));
+                }
+                follow(pulling, asked.stream).await
+            }
+            (Surface::Ollama, Op::Steer) => {
+                let order = ollama::decode::steer(&self.reader.read(call.body).await?.bytes)?;
+                pull::steer(daemon, order)?;
+                Ok(plain(StatusCode::OK, ""))
             }
             (Surface::Ollama, Op::Delete) => {
                 let asked = ollama::decode::delete(&self.reader.read(call.body).await?.bytes)?;
@@ -215,6 +256,86 @@ impl Service {
         }
     }
 
+    /// Whether a blob is here, or it comes.
+    async fn blob<B>(&self, mut call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let digest = call.rest.parse::<Digest>();
+        let digest = digest.map_err(|error| Fault::invalid(error.to_string()))?;
+        if blobs::is_here(&self.daemon, digest).await? {
+            Ok(plain(StatusCode::OK, ""))
+        } else if call.route.op == Op::HasBlob {
+            Ok(plain(StatusCode::NOT_FOUND, ""))
+        } else {
+            self.take(&mut call.body, digest).await
+        }
+    }
+
+    /// The routes that make models of what is here, send them elsewhere, or look after them.
+    async fn keep<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let daemon = &self.daemon;
+        let bytes = self.reader.read(call.body).await?.bytes;
+        match call.route.op {
+            Op::Copy => {
+                let (from, to) = ollama::decode::copy(&bytes)?;
+                models::copy(daemon, from, to).await?;
+                Ok(plain(StatusCode::OK, ""))
+            }
+            Op::Push => {
+                let asked = ollama::decode::pull(&bytes)?;
+                let watch = pull::push(daemon, asked.model, asked.wish.is_plain).await?;
+                pushed(watch, asked.stream).await
+            }
+            _ => {
+                let (order, stream) = ollama::decode::create(&bytes)?;
+                let daemon = Arc::clone(daemon);
+                told(async move |say| create::create(&daemon, order, &say).await, stream).await
+            }
+        }
+    }
+
+    /// The routes that look after what is here.
+    async fn care<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let asked = ollama::decode::care(&self.reader.read(call.body).await?.bytes)?;
+        match call.route.op {
+            Op::Prune => {
+                let freed = care::prune(&self.daemon, asked.partials).await?;
+                Ok(json(ollama::JSON_TYPE, ollama::listing::freed(freed)))
+            }
+            Op::ChangeRoots => {
+                care::change_roots(&self.daemon, asked.add, asked.remove).await?;
+                Ok(plain(StatusCode::OK, ""))
+            }
+            _ => {
+                let daemon = Arc::clone(&self.daemon);
+                let work = async move |say| care::check(&daemon, asked.repair, &say).await;
+                told(work, asked.stream).await
+            }
+        }
+    }
+
+    /// Takes a blob.
+    async fn take<B>(&self, body: &mut B, digest: Digest) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let taking = blobs::take(&self.daemon, digest);
+        while let Some(piece) = self.reader.piece(body).await? {
+            if !piece.is_empty() && !taking.piece(piece).await {
+                break;
+            }
+        }
+        taking.end().await?;
+        Ok(plain(StatusCode::CREATED, ""))
+    }
+
     /// The routes that only look.
     async fn look(&self, op: Op) -> Result<Response<Body>, Fault> {
         Ok(match op {
@@ -224,6 +345,17 @@ impl Service {
             Op::List => {
                 let listed = models::list(&self.daemon).await?;
                 json(ollama::JSON_TYPE, ollama::listing::tags(listed))
+            }
+            Op::Pulls => {
+                let jobs = &self.daemon.jobs;
+                json(ollama::JSON_TYPE, ollama::listing::pulls(&jobs.list(), jobs.rate()))
+            }
+            Op::Roots => {
+                json(ollama::JSON_TYPE, ollama::listing::roots(&self.daemon.store.roots()))
+            }
+            Op::Usage => {
+                let usage = care::usage(&self.daemon).await?;
+                json(ollama::JSON_TYPE, ollama::listing::usage(&usage))
             }
             Op::Loaded => {
                 let loaded = ps::list(&self.daemon).await;
@@ -283,6 +415,69 @@ fn pieces(
     })
 }
 
+/// Writes the progress of a push as it comes, or only its last word.
+async fn pushed(watch: v4_pull::Watch, stream: bool) -> Result<Response<Body>, Refusal> {
+    if !stream {
+        return match watch.last().await.stage {
+            v4_pull::Stage::Failed(fault) => Err(fault.into()),
+            _ => Ok(json(ollama::JSON_TYPE, ollama::listing::PullLines::last())),
+        };
+    }
+    let state = Some((watch, ollama::listing::PullLines::of_push()));
+    let body = futures_util::stream::unfold(state, async |state| {
+        let (mut watch, mut lines) = state?;
+        let progress = watch.next().await?;
+        let piece = progress_lines(&mut lines, &progress);
+        Some((piece, Some((watch, lines)).filter(|_| !progress.is_last())))
+    });
+    Ok(typed(ollama::STREAM_TYPE, Body::stream(body)))
+}
+
+/// How a task ended.
+async fn ended(work: tokio::task::JoinHandle<Result<(), Fault>>) -> Result<(), Fault> {
+    work.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a request's task panicked");
+        Err(Fault::internal("v4 made a mistake; its log has the details"))
+    })
+}
+
+/// Does work that tells how far it is, a line at a time, or only its last word.
+async fn told<F>(
+    work: impl FnOnce(create::Say) -> F,
+    stream: bool,
+) -> Result<Response<Body>, Refusal>
+where
+    F: Future<Output = Result<(), Fault>> + Send + 'static,
+{
+    let (say, mut lines) = tokio::sync::mpsc::channel(limits::CREATE_LINES);
+    let work = tokio::spawn(work(say));
+    // What cannot be made at all is a refusal, before the first byte.
+    let first = lines.recv().await;
+    if first.is_none() || !stream {
+        while lines.recv().await.is_some() {}
+        ended(work).await?;
+        return Ok(json(ollama::JSON_TYPE, ollama::listing::PullLines::last()));
+    }
+    let state = Some((first, lines, work));
+    let body = futures_util::stream::unfold(state, async |state| {
+        let (first, mut lines, work) = state?;
+        let line = match first {
+            Some(line) => Some(line),
+            None => lines.recv().await,
+        };
+        if let Some(line) = line {
+            let piece = ollama::listing::PullLines::status_line(&line);
+            return Some((Bytes::from(piece), Some((None, lines, work))));
+        }
+        let piece = match ended(work).await {
+            Ok(()) => ollama::listing::PullLines::status_line("success"),
+            Err(fault) => crate::api::line(&error::ollama_body(&fault)),
+        };
+        Some((piece.into(), None))
+    });
+    Ok(typed(ollama::STREAM_TYPE, Body::stream(body)))
+}
+
 /// Writes the progress of a pull as it comes, or only its last word.
 async fn follow(mut pulling: pull::Pulling, stream: bool) -> Result<Response<Body>, Refusal> {
     if stream {
@@ -306,18 +501,36 @@ fn lines(pulling: pull::Pulling) -> impl futures_util::Stream<Item = Bytes> + Se
         let (mut pulling, mut lines) = state?;
         loop {
             let progress = pulling.next().await?;
-            let mut piece = lines.lines(&progress);
-            if let v4_pull::Stage::Failed(fault) = &progress.stage {
-                piece.extend(crate::api::line(&error::ollama_body(fault)));
-            }
+            let piece = progress_lines(&mut lines, &progress);
             if progress.is_last() {
-                return Some((piece.into(), None));
+                return Some((piece, None));
             }
             if !piece.is_empty() {
-                return Some((piece.into(), Some((pulling, lines))));
+                return Some((piece, Some((pulling, lines))));
             }
         }
     })
+}
+
+/// The answer to a method that none of a path's routes has.
+fn wrong_method(routes: &[&Route]) -> Response<Body> {
+    let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "405 method not allowed");
+    let mut allowed: Vec<&str> = routes.iter().map(|route| route.method.as_str()).collect();
+    if allowed.contains(&"GET") {
+        allowed.insert(1, "HEAD");
+    }
+    let allow = HeaderValue::try_from(allowed.join(", "));
+    response.headers_mut().insert(header::ALLOW, allow.expect("methods are a header's value"));
+    response
+}
+
+/// The lines of a progress, with its failure.
+fn progress_lines(lines: &mut ollama::listing::PullLines, progress: &v4_pull::Progress) -> Bytes {
+    let mut piece = lines.lines(progress);
+    if let v4_pull::Stage::Failed(fault) = &progress.stage {
+        piece.extend(crate::api::line(&error::ollama_body(fault)));
+    }
+    piece.into()
 }
 
 /// A part of a path as it was meant: clients write the colon of a tag as `%3A`. `None` where it is

@@ -27,6 +27,19 @@ pub enum StoreError {
         /// What the system says.
         source: io::Error,
     },
+    /// There is not enough room for what is to come.
+    #[error(
+        "{} more are needed and the disk has {} free; make room, for example with `v4 rm`, and try \
+         again",
+        human(*needed),
+        human(*free)
+    )]
+    Space {
+        /// Bytes that are to be written.
+        needed: u64,
+        /// Bytes that may be.
+        free: u64,
+    },
     /// Another failure of the file system.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {
@@ -63,6 +76,25 @@ pub enum StoreError {
         name: Box<ModelName>,
         /// Why.
         source: ManifestError,
+    },
+    /// A name of another program's store, which is only read here.
+    #[error(
+        "'{name}' lies in the store of another program; remove it there, or forget that store with \
+         `v4 roots --remove PATH`"
+    )]
+    ReadOnly {
+        /// Which.
+        name: Box<ModelName>,
+    },
+    /// A folder that is no store of another program.
+    #[error(
+        "{} is neither an Ollama store (it would have blobs and manifests) nor a cache of Hugging \
+         Face (it would have models--…)",
+        path.display()
+    )]
+    NoRoot {
+        /// Which.
+        path: PathBuf,
     },
     /// Another writer has this partial.
     #[error("the partial {0} is being written already")]
@@ -111,15 +143,29 @@ impl StoreError {
     /// The same for a client.
     pub fn fault(&self) -> Fault {
         let code = match self {
-            Self::Locked { .. } | Self::DiskFull { .. } | Self::Io { .. } | Self::Index { .. } => {
-                Code::Disk
-            }
+            Self::Locked { .. }
+            | Self::DiskFull { .. }
+            | Self::Space { .. }
+            | Self::Io { .. }
+            | Self::Index { .. } => Code::Disk,
             Self::Digest { .. }
             | Self::Length { .. }
             | Self::Missing(_)
             | Self::Manifest { .. } => Code::Corrupt,
+            Self::ReadOnly { .. } | Self::NoRoot { .. } => Code::Invalid,
             Self::Busy(_) | Self::Key(_) => Code::Internal,
         };
         Fault::new(code, self.to_string())
     }
+}
+
+/// Bytes as people write them.
+fn human(n: u64) -> String {
+    let units =
+        [(1_000_000_000_000, "TB"), (1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "KB")];
+    let unit = units.into_iter().find(|(size, _)| n >= *size);
+    unit.map_or_else(
+        || format!("{n} B"),
+        |(size, word)| format!("{:.1} {word}", n as f64 / size as f64),
+    )
 }

@@ -114,6 +114,12 @@ pub trait Fs: fmt::Debug + Send + Sync {
     /// What the system says.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
+    /// Bytes that this user may still write to the file system that has `path`.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn free_bytes(&self, path: &Path) -> io::Result<u64>;
+
     /// Takes the lock that a file stands for; `None` when somebody else has it.
     ///
     /// # Errors
@@ -226,6 +232,11 @@ impl Fs for RealFs {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         fs::File::open(path)?.sync_all()
+    }
+
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(path)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     fn lock(&self, path: &Path) -> io::Result<Option<Lock>> {

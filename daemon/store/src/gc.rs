@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, RwLock},
     time::{Duration, SystemTime},
 };
 
@@ -13,9 +13,11 @@ use v4_proto::{Digest, ModelName};
 use crate::{
     Manifest, Record, STAGING, blob,
     error::{ManifestError, StoreError},
-    fs::{self, Fs, Lock},
+    fs::{self, Fs, Lock, Meta},
     index::Index,
-    lease, limits, sha256,
+    lease, limits,
+    roots::Root,
+    sha256,
 };
 
 /// The files of a home and who needs them. Leases know it too, so that the last one on a blob can
@@ -28,19 +30,38 @@ pub(crate) struct Tree {
     pub claims: lease::Shared,
     /// Held while a name or the set of blobs changes. Taken before the claims.
     pub change: Mutex<()>,
+    /// Other programs' stores.
+    pub roots: RwLock<Vec<Root>>,
     /// The last field: given back when all else is closed.
     pub _lock: Lock,
 }
 
 impl Tree {
-    /// Where a blob lies, if it is here.
+    /// Where a blob of this home lies, if it is here.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.home.join("blobs").join(blob::blob_name(digest))
     }
 
-    /// Where a manifest lies, if it is here.
+    /// Where the chain of a blob lies, if it has one.
+    pub fn chain_path(&self, digest: &Digest) -> PathBuf {
+        self.home.join("chains").join(blob::blob_name(digest))
+    }
+
+    /// Where a manifest of this home lies, if it is here.
     pub fn manifest_path(&self, name: &ModelName) -> PathBuf {
         self.home.join("manifests").join(name.path().join("/"))
+    }
+
+    /// Where the manifest of a name lies, in this home or in a root, and what is known of the file.
+    pub fn find_manifest(&self, name: &ModelName) -> Result<Option<(PathBuf, Meta)>, StoreError> {
+        for folder in self.name_folders() {
+            let path = folder.join(name.path().join("/"));
+            let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+            if let Some(meta) = meta.filter(|meta| !meta.is_dir) {
+                return Ok(Some((path, meta)));
+            }
+        }
+        Ok(None)
     }
 
     /// Deletes those of `candidates` that no manifest names and nobody has leased. The others, and
@@ -63,6 +84,8 @@ impl Tree {
                     outcome = outcome.and(Err(StoreError::io("remove", &path)(error)));
                     continue;
                 }
+                // Without its blob it means nothing, and it is small.
+                let _ = self.fs.remove_file(&self.chain_path(&digest));
                 // A row too many is no loss, and on a full disk the index cannot be written.
                 let _ = self.index.remove_blob(&digest);
             }
@@ -90,7 +113,8 @@ impl Tree {
     /// The blobs that manifests name, or `None` when one of them cannot be read.
     fn named_blobs(&self) -> Result<Option<BTreeSet<Digest>>, StoreError> {
         let mut named = BTreeSet::new();
-        for name in self.manifest_names()? {
+        // A root's names need nothing of this home.
+        for name in self.names_below(&self.home.join("manifests"))? {
             match self.read_record(&name) {
                 Ok(Some(record)) => named.extend(record.manifest.digests()),
                 Ok(None) => {}
@@ -108,13 +132,26 @@ impl Tree {
         Ok(since.is_some_and(|since| since > age))
     }
 
-    /// The names of all files in the manifests tree.
+    /// The names of all manifests, in this home and in the roots, each once.
     pub fn manifest_names(&self) -> Result<Vec<ModelName>, StoreError> {
+        let mut names: Vec<ModelName> = Vec::new();
+        for folder in self.name_folders() {
+            for name in self.names_below(&folder)? {
+                if !names.contains(&name) {
+                    names.push(name);
+                }
+            }
+        }
+        Ok(names)
+    }
+
+    /// The names of all files in a tree of manifests.
+    fn names_below(&self, root: &Path) -> Result<Vec<ModelName>, StoreError> {
         let mut paths = vec![Vec::new()];
         for _ in 0..4 {
             let mut below = Vec::new();
             for parts in paths {
-                let folder = self.home.join("manifests").join(parts.join("/"));
+                let folder = root.join(parts.join("/"));
                 for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
                     below.push([parts.as_slice(), &[name]].concat());
                 }
@@ -130,9 +167,12 @@ impl Tree {
 
     /// What a name as it is stored points to.
     pub fn read_record(&self, name: &ModelName) -> Result<Option<Record>, StoreError> {
-        let path = self.manifest_path(name);
-        let meta = self.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
-        let Some(meta) = meta.filter(|meta| !meta.is_dir) else { return Ok(None) };
+        Ok(self.read_manifest(name)?.map(|(record, _)| record))
+    }
+
+    /// The same with the manifest's own bytes.
+    pub fn read_manifest(&self, name: &ModelName) -> Result<Option<(Record, Vec<u8>)>, StoreError> {
+        let Some((path, meta)) = self.find_manifest(name)? else { return Ok(None) };
         let failed = |source| StoreError::Manifest { name: Box::new(name.clone()), source };
         if meta.len > limits::MANIFEST_BYTES as u64 {
             return Err(failed(ManifestError::TooLong));
@@ -145,7 +185,7 @@ impl Tree {
         };
         let manifest = Manifest::parse(&bytes).map_err(failed)?;
         let (name, modified) = (name.clone(), meta.modified);
-        Ok(Some(Record { name, digest: sha256(&bytes), manifest, modified }))
+        Ok(Some((Record { name, digest: sha256(&bytes), manifest, modified }, bytes)))
     }
 
     /// Removes what a killed process left half put, journals without data, and partials that

@@ -13,28 +13,36 @@
 #![forbid(unsafe_code)]
 
 pub mod blob;
+mod care;
 mod error;
 pub mod fs;
 mod gc;
+mod hash;
 mod index;
 mod lease;
 pub mod limits;
 pub mod manifest;
+mod ranges;
+mod roots;
 
 use std::{
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::SystemTime,
 };
 
-pub use blob::{Partial, Staged, sha256};
+pub use blob::{Partial, Staged};
+pub use care::{Cost, Damage, Usage};
 pub use error::{ManifestError, StoreError};
+pub use hash::{Chain, sha256};
 pub use index::Opened;
 pub use lease::Lease;
 pub use manifest::{Entry, Layer, Manifest, Record, Role};
+pub use ranges::Ranges;
+pub use roots::{Root, RootKind};
 use v4_proto::{Digest, Inspection, ModelName};
 
 use crate::{
@@ -76,7 +84,7 @@ impl Store {
         fs.create_dir(home).map_err(StoreError::io("make", home))?;
         let lock = fs.lock(&home.join("lock")).map_err(StoreError::io("lock", home))?;
         let lock = lock.ok_or_else(|| StoreError::Locked { home: home.to_path_buf() })?;
-        for name in ["blobs", "partial", "manifests", "index"] {
+        for name in ["blobs", "chains", "origins", "partial", "manifests", "index"] {
             let path = home.join(name);
             fs.create_dir(&path).map_err(StoreError::io("make", &path))?;
         }
@@ -88,8 +96,10 @@ impl Store {
             index,
             claims: lease::Shared::default(),
             change: Mutex::new(()),
+            roots: RwLock::default(),
             _lock: lock,
         };
+        tree.load_roots()?;
         tree.sweep_partials()?;
         tree.collect_orphans()?;
         Ok(Self {
@@ -142,6 +152,15 @@ impl Store {
         }
     }
 
+    /// What a name points to, and the manifest's own bytes.
+    ///
+    /// # Errors
+    /// As for [`Store::find`].
+    pub fn manifest(&self, name: &ModelName) -> Result<Option<(Record, Vec<u8>)>, StoreError> {
+        let Some(name) = self.stored_name(name)? else { return Ok(None) };
+        self.tree.read_manifest(&name)
+    }
+
     /// Makes a name point to a manifest, in one step: a reader sees the old one or the new one.
     /// Blobs that only the old one named are collected. Returns the manifest's digest.
     ///
@@ -185,13 +204,16 @@ impl Store {
     pub fn remove(&self, name: &ModelName) -> Result<bool, StoreError> {
         let _change = self.lock_changes();
         let Some(name) = self.stored_name(name)? else { return Ok(false) };
-        let before = match self.tree.read_record(&name) {
-            Ok(record) => record.map(|record| record.manifest.digests()).unwrap_or_default(),
-            Err(StoreError::Manifest { .. }) => Vec::new(),
+        let record = match self.tree.read_record(&name) {
+            Ok(record) => record,
+            Err(StoreError::Manifest { .. }) => None,
             Err(error) => return Err(error),
         };
+        let before = record.as_ref().map(|record| record.manifest.digests()).unwrap_or_default();
         let path = self.tree.manifest_path(&name);
-        self.tree.fs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        if !self.tree.fs.remove_file(&path).map_err(StoreError::io("remove", &path))? {
+            return Err(StoreError::ReadOnly { name: Box::new(name) });
+        }
         // The name must be gone for good before its blobs go.
         for folder in path.ancestors().skip(1).take(4) {
             self.tree.fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
@@ -207,6 +229,12 @@ impl Store {
             }
         }
         self.tree.collect(&before)?;
+        // Another name may have the same manifest; then what is told of it goes with that.
+        if let Some(record) = record
+            && !self.names()?.iter().any(|entry| entry.digest == record.digest)
+        {
+            let _ = self.tree.fs.remove_file(&self.tree.origin_path(&record.digest));
+        }
         // A row too many is no loss, and on a full disk the index cannot be written.
         let _ = self.tree.index.remove_name(&name);
         Ok(true)
@@ -226,9 +254,9 @@ impl Store {
         Ok(meta.filter(|meta| !meta.is_dir))
     }
 
-    /// Where a blob lies, if it is here.
+    /// Where a blob lies, if it is here: in this home, or in a root.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.tree.blob_path(digest)
+        self.tree.find_blob(digest)
     }
 
     /// The bytes of a small blob, checked against the digest.
@@ -253,7 +281,7 @@ impl Store {
             blob::put_file(
                 self.tree.fs.as_ref(),
                 &self.staging_path(),
-                &self.blob_path(&digest),
+                &self.tree.blob_path(&digest),
                 bytes,
                 blob::BLOB_MODE,
             )?;
@@ -271,7 +299,7 @@ impl Store {
         }
         let path = self.blob_path(digest);
         let mut file = self.tree.fs.open_read(&path).map_err(StoreError::io("open", &path))?;
-        let actual = blob::hash_file(file.as_mut(), &path)?;
+        let actual = hash::hash_file(file.as_mut(), &path)?.digest();
         if actual == *digest {
             Ok(())
         } else {
@@ -328,6 +356,24 @@ impl Store {
         Partial::open(place, size, claim)
     }
 
+    /// Bytes that the partial of a key has, as its journal says: at least what a resume finds, less
+    /// what turns out damaged.
+    ///
+    /// # Errors
+    /// [`StoreError::Key`] or [`StoreError::Io`].
+    pub fn partial_bytes(&self, key: &str) -> Result<u64, StoreError> {
+        blob::noted_bytes(&self.place(key)?)
+    }
+
+    /// Bytes that may still be written to the disk of this home.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn free_bytes(&self) -> Result<u64, StoreError> {
+        let home = &self.tree.home;
+        self.tree.fs.free_bytes(home).map_err(StoreError::io("tell the free space at", home))
+    }
+
     /// Removes the partial of a key without opening it. Returns whether it is gone: one that
     /// somebody writes or reads stays.
     ///
@@ -370,6 +416,13 @@ impl Store {
 
     /// Where the partial of a key lies, and the right to change it.
     fn claim(&self, key: &str) -> Result<(Place, lease::Claim), StoreError> {
+        let place = self.place(key)?;
+        let claim = self.tree.claims.claim(key).ok_or_else(|| StoreError::Busy(key.to_owned()))?;
+        Ok((place, claim))
+    }
+
+    /// Where the partial of a key lies.
+    fn place(&self, key: &str) -> Result<Place, StoreError> {
         let is_valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if key.is_empty()
             || key.len() > limits::KEY_CHARS
@@ -378,15 +431,14 @@ impl Store {
         {
             return Err(StoreError::Key(key.chars().take(80).collect()));
         }
-        let claim = self.tree.claims.claim(key).ok_or_else(|| StoreError::Busy(key.to_owned()))?;
         let folder = self.tree.home.join("partial");
-        let place = Place {
+        Ok(Place {
             fs: Arc::clone(&self.tree.fs),
             data: folder.join(key),
             journal: folder.join(format!("{key}{}", blob::JOURNAL_ENDING)),
             blobs: self.tree.home.join("blobs"),
-        };
-        Ok((place, claim))
+            chains: self.tree.home.join("chains"),
+        })
     }
 
     fn lock_changes(&self) -> std::sync::MutexGuard<'_, ()> {
@@ -415,9 +467,7 @@ impl Store {
 
     /// The name as it is stored, which may differ in letter case.
     fn stored_name(&self, name: &ModelName) -> Result<Option<ModelName>, StoreError> {
-        let path = self.tree.manifest_path(name);
-        let meta = self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
-        if meta.is_some_and(|meta| !meta.is_dir) {
+        if self.tree.find_manifest(name)?.is_some() {
             return Ok(Some(name.clone()));
         }
         Ok(self.tree.manifest_names()?.into_iter().find(|stored| stored.matches(name)))

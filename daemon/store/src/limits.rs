@@ -2,15 +2,32 @@
 
 use std::time::Duration;
 
-/// Bytes between two synced points of a partial: what a kill can cost. A sync of this much takes a
-/// disk some 50 ms, so a fast download does not wait for it.
+/// Bytes of a partial that are written before the next sync of it begins, beside the writing: what
+/// a cut of the power can cost, and what came while the disk was at it.
 pub const CHECKPOINT_BYTES: u64 = 8 << 20;
+/// Bytes of a partial that its journal may not know of yet: what a kill can cost. With what is on
+/// its way from the network, less than 8 MiB.
+pub const NOTE_BYTES: u64 = 4 << 20;
+/// Bytes of a piece in a journal: [`NOTE_BYTES`] and one write.
+pub const PIECE_BYTES: u64 = 64 << 20;
+/// Bytes of a blob that can be checked alone, and so fetched again alone.
+pub const CHUNK_LINK_BYTES: u64 = 8 << 20;
+/// Bytes of a blob's chain: enough for 4 TB.
+pub const CHAIN_BYTES: usize = 16 << 20;
+/// Bytes of what is told of where a manifest came from.
+pub const ORIGIN_BYTES: usize = 1 << 20;
+/// Bytes of the list of roots.
+pub const ROOTS_BYTES: usize = 1 << 20;
+/// Writes that may wait to be hashed. Beyond that they are read back from the file, which the
+/// system still has in memory.
+pub const HASH_QUEUE: usize = 32;
 /// Bytes read or hashed at a time.
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// Bytes of a manifest. One that lists every tensor of a large model as a layer has some 2 MB.
 pub const MANIFEST_BYTES: usize = 8 << 20;
-/// Bytes of a partial's journal: 86 for every [`CHECKPOINT_BYTES`], so this is enough for 1.5 TB.
-pub const JOURNAL_BYTES: usize = 16 << 20;
+/// Bytes of a partial's journal: 43 for each piece. Sixteen ranges at a time make one of each 256
+/// KiB, so this is enough for 1.5 TB.
+pub const JOURNAL_BYTES: u64 = 256 << 20;
 /// Bytes of a cached inspection; a header of 100,000 tensors makes some 10 MB.
 pub const INSPECTION_BYTES: usize = 32 << 20;
 /// Characters of a partial's key; it is a file name.

@@ -53,10 +53,23 @@ impl Role {
         (Role::Projector, "projector"),
     ];
 
+    /// Roles and the media types of other tools: OCI ModelPack's and Docker's. A layer of ModelPack
+    /// that is an archive is not read, so it has no role here.
+    const OTHERS: [(Role, &'static str); 5] = [
+        (Role::Model, "application/vnd.cncf.model.weight.v1.raw"),
+        (Role::Model, "application/vnd.docker.ai.gguf.v3"),
+        (Role::License, "application/vnd.docker.ai.license"),
+        (Role::Template, "application/vnd.docker.ai.chat.template.jinja"),
+        (Role::Projector, "application/vnd.docker.ai.mmproj"),
+    ];
+
     /// The role that a media type says.
     pub fn from_media_type(media_type: &str) -> Self {
-        let Some(word) = media_type.strip_prefix(ROLE_PREFIX) else { return Self::Other };
-        let word = word.split(';').next().unwrap_or_default().trim_end();
+        let media_type = media_type.split(';').next().unwrap_or_default().trim_end();
+        let Some(word) = media_type.strip_prefix(ROLE_PREFIX) else {
+            let other = Self::OTHERS.iter().find(|entry| entry.1 == media_type);
+            return other.map_or(Self::Other, |entry| entry.0);
+        };
         Self::WORDS.iter().find(|entry| entry.1 == word).map_or(Self::Other, |entry| entry.0)
     }
 
@@ -217,6 +230,9 @@ mod tests {
             assert_eq!(Role::from_media_type(&role.media_type()), role);
         }
         assert_eq!(Role::from_media_type("text/plain"), Role::Other);
+        for (role, media_type) in Role::OTHERS {
+            assert_eq!(Role::from_media_type(media_type), role);
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::{pump, read_all};
 use crate::{error::PullError, write::Sink};
 
 /// Reads a file into the sink.
-pub(crate) async fn read(path: &str, sink: &mut Sink<'_>) -> Result<u64, PullError> {
+pub(crate) async fn read(path: &str, sink: &Sink<'_>) -> Result<u64, PullError> {
     let path = path.to_owned();
     pump(sink, move |take| {
         let failed = |source| PullError::File { path: path.clone(), source };

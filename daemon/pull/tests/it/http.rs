@@ -3,6 +3,7 @@
 use std::{io::Write as _, net::TcpListener, sync::Arc};
 
 use v4_proto::Code;
+use v4_pull::Stage;
 use v4_store::{
     fs::{Fs as _, RealFs},
     sha256,
@@ -335,18 +336,49 @@ async fn without_a_digest_what_comes_is_taken_but_never_mixed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_is_said_and_what_came_is_kept() {
+async fn a_full_disk_pauses_the_pull_and_room_lets_it_go_on() {
     let fs = FaultFs::new(Fault::DiskFull, u64::MAX);
     let world = World::with("http://127.0.0.1:1", Arc::new(fs.clone()));
     let data = bytes(20 << 20);
     let file = data.clone();
+    let full = fs.clone();
+    let server = Server::start(move |request| {
+        if request.n == 0 {
+            // There was room when it was asked for; then somebody else took it.
+            full.fail_after(12 << 20);
+        }
+        Reply::file(request, &file)
+    });
+    world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    let mut watch = world.start("m");
+    loop {
+        let progress = watch.next().await.unwrap();
+        assert!(!progress.is_last(), "{progress:?}");
+        if let Stage::Paused(Some(why)) = &progress.stage {
+            assert!(why.contains("disk is full"), "{why}");
+            break;
+        }
+    }
+    fs.heal();
+    let progress = world.follow(watch).await;
+    assert!(matches!(progress.stage, Stage::Done { .. }), "{progress:?}");
+    assert!(server.body_bytes() <= SIZE_ON_FULL_DISK, "{} were sent", server.body_bytes());
+}
+
+/// Twenty MiB, and what was on its way when the disk was full: eight ranges.
+const SIZE_ON_FULL_DISK: usize = 2 * (20 << 20);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn too_little_room_is_said_before_the_first_byte() {
+    let fs = FaultFs::new(Fault::DiskFull, u64::MAX);
+    let world = World::with("http://127.0.0.1:1", Arc::new(fs.clone()));
+    let data = bytes(SIZE);
+    let file = data.clone();
     let server = Server::start(move |request| Reply::file(request, &file));
     world.recipe("m", &data, &[format!("{}/f", server.url())]);
-    // Enough for the first synced point, not for the second.
-    fs.fail_after(12 << 20);
-    world.pull_badly("m", Code::Disk, &["disk is full"]).await;
+    fs.fail_after(1 << 20);
+    world.pull_badly("m", Code::Disk, &["3.1 MB more are needed", "1.0 MB free"]).await;
+    assert_eq!(server.requests().len(), 0);
     fs.heal();
     world.pull_well("m").await;
-    let start = server.requests().last().unwrap().start();
-    assert!(start >= Some(8 << 20), "{start:?}");
 }

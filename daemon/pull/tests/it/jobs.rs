@@ -6,7 +6,7 @@ use std::{
 };
 
 use v4_proto::{Code, Fault};
-use v4_pull::{PullConfig, Stage};
+use v4_pull::{PullConfig, Stage, Wish};
 use v4_store::fs::RealFs;
 
 use crate::{
@@ -22,8 +22,8 @@ async fn two_who_watch_share_one_job() {
     let file = data.clone();
     let server = Server::start(move |request| Reply::file(request, &file));
     world.recipe("m", &data, &[format!("{}/f", server.url())]);
-    let one = world.jobs.pull(&name("m")).unwrap();
-    let two = world.jobs.pull(&name("m")).unwrap();
+    let one = world.start("m");
+    let two = world.start("m");
     let (one, two) = tokio::join!(one.last(), two.last());
     assert_eq!(one, two);
     assert!(matches!(one.stage, Stage::Done { .. }), "{one:?}");
@@ -38,8 +38,8 @@ async fn two_names_with_one_file_fetch_it_once() {
     for model in ["m:a", "m:b"] {
         world.recipe(model, &data, &[format!("{}/f", server.url())]);
     }
-    let one = world.jobs.pull(&name("m:a")).unwrap();
-    let two = world.jobs.pull(&name("m:b")).unwrap();
+    let one = world.start("m:a");
+    let two = world.start("m:b");
     let (one, two) = tokio::join!(one.last(), two.last());
     assert!(matches!(one.stage, Stage::Done { .. }), "{one:?}");
     assert!(matches!(two.stage, Stage::Done { .. }), "{two:?}");
@@ -58,8 +58,8 @@ async fn the_last_to_leave_cancels_and_the_next_goes_on() {
         Reply::file(request, &file).end(end)
     });
     world.recipe("m", &data, &[format!("{}/f", server.url())]);
-    let mut one = world.jobs.pull(&name("m")).unwrap();
-    let two = world.jobs.pull(&name("m")).unwrap();
+    let mut one = world.start("m");
+    let two = world.start("m");
     while one.next().await.unwrap().files.first().is_none_or(|file| file.completed == 0) {}
     drop(one);
     assert_eq!(server.requests().len(), 1, "the pull ended although somebody watches");
@@ -76,13 +76,10 @@ async fn a_name_nobody_knows_is_told_what_there_is() {
     let world = World::new();
     world.recipe("smollm2", b"x", &[]);
     world.recipe("gemma3:270m", b"y", &[]);
-    let fault = world.jobs.pull(&name("nonsense")).unwrap_err();
+    let fault = world.jobs.pull(&name("nonsense"), Wish::default()).unwrap_err();
     assert_eq!(fault.code, Code::NotFound);
     assert!(fault.message.contains("'nonsense:latest' not found"), "{fault}");
     assert!(fault.message.contains("smollm2") && fault.message.contains("gemma3"), "{fault}");
-    let fault = world.jobs.pull(&name("hf.co/a/b:Q4_K_M")).unwrap_err();
-    assert_eq!(fault.code, Code::Unsupported);
-    assert!(fault.message.contains("hf.co"), "{fault}");
     world.pull_badly("smollm2", Code::NotFound, &["no source"]).await;
 }
 
@@ -156,7 +153,7 @@ async fn a_cancelled_pull_never_stands_in_the_way_of_the_next() {
     let server = Server::start(move |request| Reply::file(request, &file));
     world.recipe("m", &data, &[format!("{}/f", server.url())]);
     for _ in 0..20 {
-        let mut watch = world.jobs.pull(&name("m")).unwrap();
+        let mut watch = world.start("m");
         watch.next().await;
         watch.next().await;
     }

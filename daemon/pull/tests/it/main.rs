@@ -7,8 +7,13 @@
 #[allow(dead_code)]
 #[path = "../../../store/tests/it/fault_fs.rs"]
 mod fault_fs;
+mod hf;
 mod http;
 mod jobs;
+mod kill;
+mod push;
 mod pypi;
+mod ranges;
+mod registry;
 mod server;
 mod world;

@@ -12,18 +12,26 @@ use std::{
 /// A request as it came.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// The method.
+    pub method: String,
     /// The path.
     pub path: String,
     /// Headers by lower-case name.
     pub headers: BTreeMap<String, String>,
-    /// How many requests for this path came before.
+    /// How many requests of this method for this path came before.
     pub n: usize,
 }
 
 impl Request {
     /// Where the range begins that is asked for.
     pub fn start(&self) -> Option<usize> {
-        self.headers.get("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
+        self.range().map(|range| range.0)
+    }
+
+    /// The range that is asked for; its end is open where none is said.
+    pub fn range(&self) -> Option<(usize, Option<usize>)> {
+        let (start, last) = self.headers.get("range")?.strip_prefix("bytes=")?.split_once('-')?;
+        Some((start.parse().ok()?, last.parse().ok().map(|last: usize| last + 1)))
     }
 }
 
@@ -36,6 +44,8 @@ pub enum End {
     Cut(usize),
     /// Nothing comes after so many bytes, while the connection stays.
     Stall(usize),
+    /// The connection closes without an answer.
+    Gone,
 }
 
 /// An answer.
@@ -58,10 +68,11 @@ impl Reply {
 
     /// The file, or the rest of it that is asked for.
     pub fn file(request: &Request, bytes: &[u8]) -> Self {
-        match request.start() {
-            Some(start) if start < bytes.len() => {
-                let range = format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len());
-                Self::new(206, &bytes[start..]).header("Content-Range", range)
+        match request.range() {
+            Some((start, end)) if start < bytes.len() => {
+                let end = end.map_or(bytes.len(), |end| end.min(bytes.len()));
+                let range = format!("bytes {start}-{}/{}", end - 1, bytes.len());
+                Self::new(206, &bytes[start..end]).header("Content-Range", range)
             }
             Some(_) => {
                 Self::new(416, "").header("Content-Range", format!("bytes */{}", bytes.len()))
@@ -158,22 +169,31 @@ impl Server {
 
 /// One connection: one request, one answer.
 fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
-    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
-    let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut lines = reader.by_ref().lines();
+    let first = lines.next()?.ok()?;
+    let (method, path) = first.split_once(' ')?;
+    let (method, path) = (method.to_owned(), path.split(' ').next()?.to_owned());
     let mut headers = BTreeMap::new();
-    for line in lines {
+    for line in lines.by_ref() {
         let line = line.ok()?;
         let Some((name, value)) = line.split_once(": ") else { break };
         headers.insert(name.to_ascii_lowercase(), value.to_owned());
     }
     let request = {
         let mut seen = shared.seen.lock().unwrap();
-        let n = seen.requests.iter().filter(|request| request.path == path).count();
-        let request = Request { path, headers, n };
+        let is_same = |one: &&Request| one.path == path && one.method == method;
+        let n = seen.requests.iter().filter(is_same).count();
+        let request = Request { method, path, headers, n };
         seen.requests.push(request.clone());
         request
     };
+    let length = request.headers.get("content-length").and_then(|n| n.parse().ok()).unwrap_or(0);
+    std::io::copy(&mut reader.take(length), &mut std::io::sink()).ok()?;
     let reply = (shared.answer)(&request);
+    if reply.end == End::Gone {
+        return None;
+    }
     let length = reply.content_length.unwrap_or(reply.body.len());
     let mut head = format!("HTTP/1.1 {} x\r\nContent-Length: {length}\r\n", reply.status);
     for (name, value) in &reply.headers {
@@ -181,11 +201,12 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
     }
     stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).ok()?;
     let n_sent = match reply.end {
-        End::Whole => reply.body.len(),
+        End::Whole | End::Gone => reply.body.len(),
         End::Cut(n) | End::Stall(n) => n.min(reply.body.len()),
     };
     // Counted before it is sent, so that a client that has it finds it counted.
     shared.seen.lock().unwrap().body_bytes += n_sent;
+    let n_sent = if request.method == "HEAD" { 0 } else { n_sent };
     stream.write_all(&reply.body[..n_sent]).ok()?;
     if matches!(reply.end, End::Stall(_)) {
         // Ends when the client does.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -12,7 +13,8 @@ use std::{
 use tempfile::TempDir;
 use v4_proto::{Ability, Code, Digest, Fault, Inspection, ModelFiles, ModelInfo, ModelName};
 use v4_pull::{
-    Catalog, Inspecting, Inspector, Jobs, Progress, PullConfig, Recipe, RecipeFile, Stage,
+    Catalog, Inspecting, Inspector, Jobs, Origin, Progress, PullConfig, Recipe, RecipeFile, Stage,
+    Watch, Wish,
 };
 use v4_store::{Role, Store, fs::Fs, fs::RealFs, sha256};
 
@@ -91,11 +93,17 @@ pub struct World {
 pub fn config(index_url: &str) -> PullConfig {
     PullConfig {
         index_url: index_url.to_owned(),
+        registries: Vec::new(),
+        hf_endpoint: "http://127.0.0.1:1".to_owned(),
+        hf_token: None,
+        auth_file: None,
+        rate: None,
         connect_timeout: Duration::from_secs(3),
         stall_timeout: Duration::from_millis(300),
         backoff: Duration::from_millis(1),
         tries: 4,
         unreachable_for: Duration::from_mins(1),
+        disk_every: Duration::from_millis(20),
     }
 }
 
@@ -110,7 +118,14 @@ impl World {
 
     pub fn of(config: PullConfig, fs: Arc<dyn Fs>) -> Self {
         let folder = TempDir::new().unwrap();
-        let store = Arc::new(Store::open_with(&folder.path().join("home"), fs).unwrap());
+        let home = folder.path().join("home");
+        Self { folder, ..Self::in_home(config, fs, &home) }
+    }
+
+    /// A world whose home is elsewhere.
+    pub fn in_home(config: PullConfig, fs: Arc<dyn Fs>, home: &Path) -> Self {
+        let folder = TempDir::new().unwrap();
+        let store = Arc::new(Store::open_with(home, fs).unwrap());
         let recipes = Arc::new(Recipes::default());
         let says = Mutex::new(Ok(inspection(true)));
         let oracle = Arc::new(Oracle { says, n_asked: AtomicUsize::new(0) });
@@ -141,7 +156,13 @@ impl World {
             sources: sources.iter().map(|text| text.parse().unwrap()).collect(),
         };
         let license = (Role::License, Role::License.media_type(), "Be kind.".to_owned());
-        let recipe = Recipe { name: name(model), files: vec![file], texts: vec![license] };
+        let recipe = Recipe {
+            name: name(model),
+            files: vec![file],
+            texts: vec![license],
+            manifest: None,
+            origin: Origin::default(),
+        };
         self.recipes.0.lock().unwrap().insert(recipe.name.clone(), recipe);
     }
 
@@ -154,7 +175,16 @@ impl World {
 
     /// Pulls to the end, holding every step against the one before: progress never goes backwards.
     pub async fn pull(&self, model: &str) -> Progress {
-        let mut watch = self.jobs.pull(&name(model)).unwrap();
+        self.follow(self.start(model)).await
+    }
+
+    /// Starts a pull as most do.
+    pub fn start(&self, model: &str) -> Watch {
+        self.jobs.pull(&name(model), Wish::default()).unwrap()
+    }
+
+    /// Follows a pull to its end.
+    pub async fn follow(&self, mut watch: Watch) -> Progress {
         let mut last = watch.current();
         let deadline = Duration::from_secs(30);
         while let Some(now) = tokio::time::timeout(deadline, watch.next()).await.expect("too long")

@@ -1,5 +1,8 @@
 //! What an operation does, in domain words; no dialect.
 
+pub mod blobs;
+pub mod care;
+pub mod create;
 pub mod generate;
 pub mod models;
 pub mod ps;

@@ -1,6 +1,6 @@
 //! What is stored: resolve a name, list, describe, remove.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -71,6 +71,8 @@ pub struct Model {
     pub files: ModelFiles,
     /// The weights; figures are kept under the first one.
     pub weights: Vec<Digest>,
+    /// Where it came from, as far as that is known: JSON, or `null`.
+    pub origin: Value,
 }
 
 impl Model {
@@ -103,8 +105,14 @@ impl Model {
 /// `not_found`; `unsupported` for a model with an adapter; what the store says.
 pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
     let name = wanted.name.clone();
-    let found = daemon.blocking(move |store| read(store, &name)).await?;
-    let (record, texts) = found.ok_or_else(|| wanted.not_found())?;
+    let found = daemon.blocking(move |store| {
+        Ok(read(store, &name)?.map(|(record, texts)| {
+            let origin = store.origin(&record.digest);
+            let origin = origin.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            (record, texts, origin.unwrap_or_default())
+        }))
+    });
+    let (record, texts, origin) = found.await?.ok_or_else(|| wanted.not_found())?;
     if record.manifest.role(Role::Adapter).next().is_some() {
         return Err(Fault::new(
             Code::Unsupported,
@@ -126,7 +134,7 @@ pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
     };
     let paths: Vec<PathBuf> = weights.iter().map(|digest| daemon.store.blob_path(digest)).collect();
     let files = ModelFiles { weights: paths, chat_template };
-    Ok(Model { record, texts, files, weights })
+    Ok(Model { record, texts, files, weights, origin })
 }
 
 /// Makes sure that the weights are what their digests say: a file that somebody cut, changed or
@@ -342,6 +350,23 @@ pub async fn one(daemon: &Daemon, wanted: &Wanted) -> Result<Listed, Fault> {
         })
         .await?;
     found.ok_or_else(|| wanted.not_found())
+}
+
+/// Gives a stored model another name, which is moved to it where it is there already.
+///
+/// # Errors
+/// `not_found`; what the store says.
+pub async fn copy(daemon: &Arc<Daemon>, from: Wanted, to: Wanted) -> Result<(), Fault> {
+    let (source, target) = (from.name.clone(), to.name.clone());
+    let copied = daemon.blocking(move |store| match store.manifest(&source)? {
+        Some((_, bytes)) => store.put_manifest(&target, &bytes).map(Some),
+        None => Ok(None),
+    });
+    let digest = copied
+        .await?
+        .ok_or_else(|| Fault::new(Code::NotFound, format!("model \"{}\" not found", from.text)))?;
+    tokio::spawn(super::pull::replace(Arc::clone(daemon), to, digest));
+    Ok(())
 }
 
 /// Unloads a model and removes its name, with the blobs nobody else needs.

@@ -1,9 +1,9 @@
 //! A remote name into the store, and into service where its old version is loaded.
 
-use std::sync::Arc;
+use std::{num::NonZeroU64, sync::Arc};
 
 use v4_proto::{Digest, Fault};
-use v4_pull::{Progress, Stage, Watch};
+use v4_pull::{Change, Progress, Stage, Watch, Wish};
 
 use crate::{
     daemon::Daemon,
@@ -21,9 +21,41 @@ pub struct Pulling {
 ///
 /// # Errors
 /// `not_found`, `unsupported`, `overloaded`.
-pub fn start(daemon: &Arc<Daemon>, wanted: Wanted) -> Result<Pulling, Fault> {
-    let watch = daemon.jobs.pull(&wanted.name)?;
+pub fn start(daemon: &Arc<Daemon>, wanted: Wanted, wish: Wish) -> Result<Pulling, Fault> {
+    let watch = daemon.jobs.pull(&wanted.name, wish)?;
     Ok(Pulling { daemon: Arc::clone(daemon), wanted, watch })
+}
+
+/// What pulls are told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Order {
+    /// One of them.
+    One(Wanted, Change),
+    /// All of them together: bytes a second.
+    Rate(Option<NonZeroU64>),
+}
+
+/// Tells pulls what to do.
+///
+/// # Errors
+/// `not_found` when no pull of the name runs.
+pub fn steer(daemon: &Daemon, order: Order) -> Result<(), Fault> {
+    match order {
+        Order::One(wanted, change) => daemon.jobs.change(&wanted.name, change),
+        Order::Rate(rate) => {
+            daemon.jobs.set_rate(rate);
+            Ok(())
+        }
+    }
+}
+
+/// Starts to send a model to its registry. The push is cancelled when this is dropped.
+///
+/// # Errors
+/// `not_found`; what the store says.
+pub async fn push(daemon: &Daemon, wanted: Wanted, is_plain: bool) -> Result<Watch, Fault> {
+    models::one(daemon, &wanted).await?;
+    Ok(daemon.jobs.push(&wanted.name, is_plain))
 }
 
 impl Pulling {
@@ -39,7 +71,7 @@ impl Pulling {
 
 /// Brings a new version into service where the old one is loaded. The old one stays when that
 /// fails.
-async fn replace(daemon: Arc<Daemon>, wanted: Wanted, digest: Digest) {
+pub async fn replace(daemon: Arc<Daemon>, wanted: Wanted, digest: Digest) {
     let is_old = |loaded: &v4_supervisor::Loaded| {
         loaded.name.matches(&wanted.name) && loaded.digest != digest
     };

@@ -523,3 +523,99 @@ async fn a_body_that_stalls_breaks_or_panics_costs_only_itself() {
     }
     assert_eq!(ask(&fixture, "GET", "/", "").await.status, 200);
 }
+
+#[tokio::test]
+async fn blobs_are_taken_once_and_only_whole() {
+    let fixture = fixture();
+    let bytes = b"some weights";
+    let digest = v4_store::sha256(bytes);
+    let path = format!("/api/blobs/{digest}");
+    assert_eq!(ask(&fixture, "HEAD", &path, "").await.status, 404);
+    let wrong = ask(&fixture, "POST", &path, "other weights").await;
+    assert_eq!(wrong.status, 400);
+    assert!(wrong.text.contains("digest mismatch, expected"), "{}", wrong.text);
+    assert_eq!(ask(&fixture, "POST", &path, &bytes[..]).await.status, 201);
+    assert_eq!(ask(&fixture, "POST", &path, &bytes[..]).await.status, 200);
+    assert_eq!(ask(&fixture, "HEAD", &path, "").await.status, 200);
+    let dashed = path.replace(':', "-");
+    assert_eq!(ask(&fixture, "HEAD", &dashed, "").await.status, 200);
+    assert_eq!(ask(&fixture, "HEAD", "/api/blobs/sha256:12", "").await.status, 400);
+    assert_eq!(ask(&fixture, "GET", &path, "").await.status, 405);
+}
+
+#[tokio::test]
+async fn a_copy_is_the_same_model_under_another_name() {
+    let fixture = stocked();
+    let body = json!({"source": "m", "destination": "me/mine:v2"});
+    assert_eq!(post(&fixture, "/api/copy", &body).await.status, 200);
+    let listed = ask(&fixture, "GET", "/api/tags", "").await.json();
+    let digests: Vec<&Value> =
+        listed["models"].as_array().expect("a list").iter().map(|one| &one["digest"]).collect();
+    assert_eq!((digests.len(), digests[0]), (2, digests[1]));
+    for (body, status, words) in [
+        (json!({"source": "x", "destination": "y"}), 404, "model \"x\" not found"),
+        (json!({"source": "a b", "destination": "y"}), 400, "source \"a b\" is invalid"),
+        (json!({"source": "m"}), 400, "destination \"\" is invalid"),
+    ] {
+        let answer = post(&fixture, "/api/copy", &body).await;
+        assert_eq!(answer.status, status, "{}", answer.text);
+        assert_eq!(answer.json()["error"], words);
+    }
+}
+
+#[tokio::test]
+async fn a_model_is_made_of_another_one() {
+    let fixture = stocked();
+    let body = json!({"model": "mine", "from": "m", "system": "Be brief.",
+        "parameters": {"temperature": 1, "top_k": 7}, "license": ["One", "Two"],
+        "requires": "0.1.0"});
+    let answer = post(&fixture, "/api/create", &body).await;
+    let lines = answer.lines();
+    assert_eq!(lines.last().expect("a line"), &json!({"status": "success"}), "{}", answer.text);
+    let statuses: Vec<&str> = lines.iter().filter_map(|line| line["status"].as_str()).collect();
+    assert!(statuses.iter().any(|line| line.starts_with("creating new layer sha256:")));
+    assert_eq!(statuses[statuses.len() - 2], "writing manifest");
+    let shown = post(&fixture, "/api/show", &json!({"model": "mine"})).await.json();
+    assert_eq!((&shown["system"], &shown["license"]), (&json!("Be brief."), &json!("One\nTwo")));
+    let parameters = shown["parameters"].as_str().expect("text");
+    for (name, value) in [("temperature", "1"), ("top_k", "7"), ("num_ctx", "512")] {
+        assert!(parameters.contains(&format!("{name:<30} {value}")), "{parameters}");
+    }
+    assert_eq!(shown["messages"].as_array().expect("a list").len(), 2, "inherited");
+}
+
+#[tokio::test]
+async fn what_cannot_be_made_is_refused_before_the_first_line() {
+    let fixture = stocked();
+    let missing = json!({"x.gguf": v4_store::sha256(b"y").to_string()});
+    for (body, status, words) in [
+        (json!({"model": "n"}), 400, "neither 'from' or 'files' was specified"),
+        (json!({"from": "m"}), 400, "model is required"),
+        (json!({"model": "n", "from": "x"}), 404, "get it with `v4 pull x`"),
+        (json!({"model": "n", "from": "m", "quantize": "q4_0"}), 400, "quantize is not supported"),
+        (json!({"model": "n", "files": {"../x": "sha256:1"}}), 400, "names inside a folder"),
+        (json!({"model": "n", "from": "m", "parameters": {"top_k": "x"}}), 400, "option \\\"top_k"),
+        (json!({"model": "n", "files": missing}), 404, "upload it first"),
+    ] {
+        let answer = post(&fixture, "/api/create", &body).await;
+        assert_eq!(answer.status, status, "{}", answer.text);
+        assert!(answer.text.contains(words), "{}", answer.text);
+    }
+}
+
+#[tokio::test]
+async fn pulls_are_listed_and_their_rate_is_set() {
+    let fixture = fixture();
+    assert_eq!(
+        ask(&fixture, "GET", "/api/pulls", "").await.json(),
+        json!({"pulls": [], "limit_rate": null})
+    );
+    assert_eq!(post(&fixture, "/api/pulls", &json!({"limit_rate": "1M"})).await.status, 200);
+    let listed = ask(&fixture, "GET", "/api/pulls", "").await.json();
+    assert_eq!(listed["limit_rate"], 1 << 20);
+    let answer = post(&fixture, "/api/pulls", &json!({"model": "m", "action": "pause"})).await;
+    assert_eq!(answer.status, 404);
+    assert_eq!(answer.json()["error"], "no pull of 'm:latest' is running");
+    let answer = post(&fixture, "/api/push", &json!({"model": "nothing"})).await;
+    assert_eq!(answer.status, 404);
+}

@@ -244,7 +244,7 @@ fn a_partial_is_hashed_checked_and_read_only() {
     partial.write(&bytes[..5]).unwrap();
     assert!(matches!(partial.write(b"too much for it"), Err(StoreError::Length { .. })));
     partial.write(&bytes[5..]).unwrap();
-    assert_eq!(partial.digest(), sha256(bytes));
+    assert_eq!(partial.digest().unwrap(), sha256(bytes));
     partial.commit(&sha256(bytes), 12).unwrap();
     let path = store.blob_path(&sha256(bytes));
     let mode = std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions());
@@ -288,9 +288,9 @@ fn a_resume_keeps_what_the_journal_vouches_for() {
     assert_eq!(resumed(), 300_000, "what was not synced is not trusted");
     let mut lines = Vec::new();
     RealFs.open_read(&journal).unwrap().read_to_end(&mut lines).unwrap();
-    assert_eq!(lines.len(), 3 * 86);
+    assert_eq!(lines.len(), 3 * 43);
     // A torn line, and one that is no line.
-    overwrite(&journal, &lines[..2 * 86 + 50]);
+    overwrite(&journal, &lines[..2 * 43 + 20]);
     assert_eq!(resumed(), 200_000);
     // A page that was lost in the middle.
     let mut damaged = bytes[..200_000].to_vec();
@@ -307,6 +307,59 @@ fn a_resume_keeps_what_the_journal_vouches_for() {
     overwrite(&data, &bytes[..300_000]);
     overwrite(&journal, &lines);
     assert_eq!(Store::open(&home).unwrap().partial("key", Some(200_000)).unwrap().offset(), 0);
+}
+
+#[test]
+fn parts_may_come_in_any_order_and_a_bad_one_is_missing_alone() {
+    let (folder, store) = home();
+    let home = folder.path().join("home");
+    let bytes: Vec<u8> = (0..250_000_u32).flat_map(u32::to_le_bytes).collect();
+    let (size, digest) = (bytes.len() as u64, sha256(&bytes));
+    let part = |i: usize| bytes[i * 100_000..(i + 1) * 100_000].to_vec().into();
+    let mut partial = store.partial("key", Some(size)).unwrap();
+    for i in [7, 2, 0, 9, 1] {
+        partial.write_at(i as u64 * 100_000, part(i)).unwrap();
+        partial.sync().unwrap();
+    }
+    assert_eq!((partial.offset(), partial.here().total()), (300_000, 500_000));
+    assert_eq!(partial.digest().unwrap(), sha256(&bytes[..300_000]));
+    drop((partial, store));
+    // Somebody changes a byte of one part.
+    let data = home.join("partial/key");
+    let mut damaged = Vec::new();
+    RealFs.open_read(&data).unwrap().read_to_end(&mut damaged).unwrap();
+    damaged[750_000] ^= 1;
+    overwrite(&data, &damaged);
+    let store = Store::open(&home).unwrap();
+    assert_eq!(store.partial_bytes("key").unwrap(), 500_000, "the journal alone cannot know");
+    let mut partial = store.partial("key", Some(size)).unwrap();
+    assert_eq!(partial.here().gaps(0..size).first(), Some(&(300_000..900_000)));
+    // What is here already is passed over, also in the middle of what comes.
+    partial.write_at(250_000, bytes[250_000..].to_vec().into()).unwrap();
+    partial.commit(&digest, size).unwrap();
+    store.verify(&digest).unwrap();
+    assert_eq!(store.partial_bytes("key").unwrap(), 0);
+}
+
+#[test]
+fn a_large_blob_keeps_its_chain_until_it_goes() {
+    let (_folder, store) = home();
+    let bytes: Vec<u8> = (0..5_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let (size, digest) = (bytes.len() as u64, sha256(&bytes));
+    let mut partial = store.partial("key", Some(size)).unwrap();
+    // From the end to the start, so that all of it is hashed behind the writing.
+    for (i, chunk) in bytes.chunks(1 << 20).enumerate().collect::<Vec<_>>().into_iter().rev() {
+        partial.write_at((i as u64) << 20, chunk.to_vec().into()).unwrap();
+    }
+    partial.commit(&digest, size).unwrap();
+    store.verify(&digest).unwrap();
+    let chains = store.home().join("chains");
+    assert_eq!(RealFs.list(&chains).unwrap(), [format!("sha256-{}", digest.hex())]);
+    let layer = Layer::new(Role::Model.media_type(), digest, size);
+    let config = Layer::new(CONFIG_TYPE, store.put_blob(b"{}").unwrap(), 2);
+    store.put_manifest(&name("a"), &Manifest::new(config, vec![layer]).encode()).unwrap();
+    store.remove(&name("a")).unwrap();
+    assert_eq!(RealFs.list(&chains).unwrap(), Vec::<String>::new());
 }
 
 #[test]
@@ -467,4 +520,133 @@ fn a_blob_is_hashed_again_only_when_its_file_changed() {
     store.intact(&digest).expect("right again");
     std::fs::remove_file(&path).expect("removes");
     assert!(matches!(store.intact(&digest), Err(StoreError::Missing(_))));
+}
+
+#[test]
+fn what_each_name_costs_is_told_and_orphans_are_pruned() {
+    let (_folder, store) = home();
+    put(&store, "a", &[b"shared", b"only a"]);
+    put(&store, "b", &[b"shared"]);
+    store.put_blob(b"orphan").unwrap();
+    let mut partial = store.partial("key", None).unwrap();
+    partial.write(b"begun").unwrap();
+    partial.sync().unwrap();
+    let usage = store.usage().unwrap();
+    let costs: Vec<_> = usage
+        .names
+        .iter()
+        .map(|cost| (cost.name.to_string(), cost.own_bytes, cost.shared_bytes))
+        .collect();
+    // The config is two bytes that both share.
+    assert_eq!(costs, [("a:latest".to_owned(), 6, 8), ("b:latest".to_owned(), 0, 8)]);
+    assert_eq!((usage.orphan_bytes, usage.partial_bytes), (6, 5 + 43));
+    assert_eq!(usage.total_bytes, 6 + 6 + 2 + 6 + 48);
+    let lease = store.lease(&[sha256(b"orphan")]);
+    assert_eq!(store.prune(true).unwrap(), 0, "both are in use");
+    drop((lease, partial));
+    assert_eq!(store.blob(&sha256(b"orphan")).unwrap(), None, "it went with its lease");
+    assert_eq!(store.prune(false).unwrap(), 0);
+    assert_eq!(store.prune(true).unwrap(), 5);
+    assert_eq!(RealFs.list(&store.home().join("partial")).unwrap(), Vec::<String>::new());
+    store.verify(&sha256(b"shared")).unwrap();
+}
+
+#[test]
+fn damage_is_found_and_what_is_right_is_saved() {
+    let (_folder, store) = home();
+    let bytes: Vec<u8> = (0..5_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let (size, digest) = (bytes.len() as u64, sha256(&bytes));
+    let mut partial = store.partial("key", Some(size)).unwrap();
+    partial.write(&bytes).unwrap();
+    partial.commit(&digest, size).unwrap();
+    let layer = Layer::new(Role::Model.media_type(), digest, size);
+    let config = Layer::new(CONFIG_TYPE, store.put_blob(b"{}").unwrap(), 2);
+    store.put_manifest(&name("large"), &Manifest::new(config, vec![layer]).encode()).unwrap();
+    put(&store, "small", &[b"small"]);
+    let mut seen = Vec::new();
+    assert_eq!(store.check(|digest, size| seen.push((*digest, size))).unwrap(), []);
+    assert_eq!(seen.len(), 3, "each once");
+
+    let mut damaged = bytes.clone();
+    damaged[9 << 20] ^= 1;
+    overwrite(&store.blob_path(&digest), &damaged);
+    RealFs.remove_file(&store.blob_path(&sha256(b"small"))).unwrap();
+    let damages = store.check(|_, _| {}).unwrap();
+    let told: Vec<_> =
+        damages.iter().map(|damage| (damage.name.to_string(), damage.what.as_str())).collect();
+    assert_eq!(
+        told,
+        [
+            ("large:latest".to_owned(), "has 1 damaged part(s) of 8 MiB"),
+            ("small:latest".to_owned(), "is missing"),
+        ]
+    );
+    // Two of the three parts are right, and the rest is all that a pull needs to bring.
+    assert_eq!(store.salvage(&digest).unwrap(), size - (8 << 20));
+    let mut partial = store.partial(&format!("sha256-{}", digest.hex()), Some(size)).unwrap();
+    assert_eq!(partial.here().gaps(0..size).first(), Some(&(8 << 20..16 << 20)));
+    partial.write_at(8 << 20, bytes[8 << 20..16 << 20].to_vec().into()).unwrap();
+    partial.commit(&digest, size).unwrap();
+    store.verify(&digest).unwrap();
+    // Without a chain nothing can be told apart.
+    assert_eq!(store.salvage(&sha256(b"{}")).unwrap(), 0);
+}
+
+#[test]
+fn another_programs_store_is_read_in_place_and_never_changed() {
+    let (folder, other) = home();
+    put(&other, "theirs", &[b"their weights"]);
+    put(&other, "both", &[b"their version"]);
+    let theirs = other.home().to_path_buf();
+    drop(other);
+    let all = |root: &Path| {
+        let names = |part: &str| RealFs.list(&root.join(part)).unwrap();
+        (names("blobs"), names("manifests/registry.ollama.ai/library"))
+    };
+    let before = all(&theirs);
+    let hub = folder.path().join("hub/models--me--x/blobs");
+    fs::bind_dir(&hub).unwrap();
+    let cached = hub.join(sha256(b"cached").hex());
+    RealFs.open(&cached).unwrap().write_all(b"cached").unwrap();
+
+    let store = Store::open(&folder.path().join("mine")).unwrap();
+    put(&store, "both", &[b"my version"]);
+    assert!(store.add_root(folder.path()).is_err(), "no store");
+    assert!(store.add_root(Path::new("relative")).is_err());
+    let root = store.add_root(&theirs).unwrap();
+    let hub = folder.path().join("hub");
+    store.add_root(&hub).unwrap();
+    let names: Vec<String> =
+        store.names().unwrap().iter().map(|entry| entry.name.to_string()).collect();
+    assert!(names.len() == 2 && names.contains(&"theirs:latest".to_owned()), "{names:?}");
+    let digest = sha256(b"their weights");
+    assert_eq!(store.blob(&digest).unwrap(), Some(13));
+    assert_eq!(
+        store.blob_path(&digest),
+        theirs.join("blobs").join(format!("sha256-{}", digest.hex()))
+    );
+    store.verify(&digest).unwrap();
+    assert_eq!(store.blob(&sha256(b"cached")).unwrap(), Some(6));
+    let mine = store.find(&name("both")).unwrap().unwrap();
+    assert_eq!(mine.manifest.layers[0].digest, sha256(b"my version"));
+
+    // What is here by way of a root is not stored twice, and not removed.
+    store.put_blob(b"their weights").unwrap();
+    assert_eq!(store.remove(&name("theirs")).unwrap_err().fault().code, Code::Invalid);
+    assert!(store.remove(&name("both")).unwrap());
+    store.prune(true).unwrap();
+    assert_eq!(RealFs.list(&store.home().join("blobs")).unwrap(), Vec::<String>::new());
+    assert_eq!(store.salvage(&digest).unwrap(), 0);
+    assert_eq!(all(&theirs), before);
+    let both = store.find(&name("both")).unwrap().unwrap();
+    assert_eq!(both.manifest.layers[0].digest, sha256(b"their version"));
+
+    // It is remembered until it is forgotten.
+    drop(store);
+    let store = Store::open(&folder.path().join("mine")).unwrap();
+    assert_eq!(store.roots()[0], root);
+    assert!(store.remove_root(&theirs).unwrap() && store.remove_root(&hub).unwrap());
+    assert!(!store.remove_root(&theirs).unwrap());
+    assert_eq!(store.names().unwrap(), []);
+    assert_eq!(all(&theirs), before);
 }

@@ -178,6 +178,14 @@ impl Fs for FaultFs {
         RealFs.sync_dir(path)
     }
 
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        let at = self.0.at.load(Ordering::SeqCst);
+        if self.0.fault == Fault::DiskFull && at != u64::MAX {
+            return Ok(at.saturating_sub(self.0.n.load(Ordering::SeqCst)));
+        }
+        RealFs.free_bytes(path)
+    }
+
     fn lock(&self, path: &Path) -> io::Result<Option<Lock>> {
         RealFs.lock(path)
     }

@@ -276,6 +276,10 @@ impl Fs for MemoryFs {
         Ok(())
     }
 
+    fn free_bytes(&self, _path: &Path) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+
     fn lock(&self, _path: &Path) -> io::Result<Option<Lock>> {
         Ok(Some(Box::new(())))
     }

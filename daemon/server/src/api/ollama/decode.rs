@@ -1,8 +1,11 @@
 //! Bodies of Ollama's clients to what they ask. Fields that are not named here are ignored.
 
+use std::{num::NonZeroU64, path::PathBuf};
+
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use v4_proto::{Code, Fault, Message, ModelName, Think};
+use v4_proto::{Code, Digest, Fault, Message, ModelName, Think, name::Reference};
+use v4_pull::{Change, Wish};
 use v4_supervisor::KeepAlive;
 
 use crate::{
@@ -11,9 +14,12 @@ use crate::{
         ollama::encode::{Encoder, Shape},
         turns, wanted,
     },
+    config,
     ops::{
+        create::Create,
         generate::{Ask, Work, lacks},
         models::Wanted,
+        pull::Order,
     },
     options::Options,
 };
@@ -78,6 +84,15 @@ struct Named {
     model: Option<String>,
     name: Option<String>,
     stream: Option<bool>,
+    insecure: Option<bool>,
+    /// v4's own: the pull goes on when nobody watches.
+    detach: Option<bool>,
+    /// v4's own: bytes a second, as a number or as `2M`.
+    limit_rate: Option<Value>,
+    /// v4's own: the digest of the manifest that a pull must bring.
+    locked: Option<String>,
+    /// v4's own: `pause`, `resume` or `cancel`.
+    action: Option<String>,
 }
 
 /// `/api/generate`.
@@ -223,6 +238,8 @@ pub struct Pull {
     pub model: Wanted,
     /// Whether progress comes in pieces.
     pub stream: bool,
+    /// How it is wished.
+    pub wish: Wish,
 }
 
 /// `/api/pull`.
@@ -231,7 +248,217 @@ pub struct Pull {
 /// `invalid` faults.
 pub fn pull(bytes: &[u8]) -> Result<Pull, Fault> {
     let body: Named = json::parse(bytes)?;
-    Ok(Pull { model: body.wanted()?, stream: body.stream.unwrap_or(true) })
+    let given = body.model.as_deref().filter(|text| !text.is_empty()).or(body.name.as_deref());
+    let reference = reference(given)?;
+    let wish = Wish {
+        revision: reference.revision,
+        locked: body.locked.as_deref().map(locked).transpose()?,
+        is_plain: body.insecure.unwrap_or(false),
+        is_detached: body.detach.unwrap_or(false),
+        rate: body.limit_rate.as_ref().map_or(Ok(None), limit_rate)?,
+    };
+    let text = given.map(str::trim).unwrap_or_default().to_owned();
+    let model = Wanted { name: reference.name, text };
+    Ok(Pull { model, stream: body.stream.unwrap_or(true), wish })
+}
+
+/// A digest, with `sha256:` in front or as listings write it.
+fn locked(text: &str) -> Result<Digest, Fault> {
+    let read = text.parse().or_else(|_| Digest::from_hex(text));
+    read.map_err(|error: v4_proto::name::NameError| Fault::invalid(error.to_string()))
+}
+
+/// A name as it may be pulled.
+fn reference(text: Option<&str>) -> Result<Reference, Fault> {
+    let text = text.map(str::trim).filter(|text| !text.is_empty());
+    let text = text.ok_or_else(|| Fault::invalid("model is required"))?;
+    let read = text.parse();
+    read.map_err(|error| Fault::invalid(format!("invalid model name: {error}")))
+}
+
+#[derive(Deserialize)]
+struct CopyBody {
+    source: Option<String>,
+    destination: Option<String>,
+}
+
+/// `/api/copy`: from which name to which.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn copy(bytes: &[u8]) -> Result<(Wanted, Wanted), Fault> {
+    let body: CopyBody = json::parse(bytes)?;
+    let name = |what: &str, text: Option<String>| {
+        let text = text.unwrap_or_default();
+        let read = wanted(Some(&text));
+        read.map_err(|_| Fault::invalid(format!("{what} {text:?} is invalid")))
+    };
+    Ok((name("source", body.source)?, name("destination", body.destination)?))
+}
+
+#[derive(Deserialize)]
+struct CreateBody {
+    model: Option<String>,
+    name: Option<String>,
+    from: Option<String>,
+    #[serde(default)]
+    files: Option<Map<String, Value>>,
+    #[serde(default)]
+    adapters: Option<Map<String, Value>>,
+    template: Option<String>,
+    system: Option<String>,
+    license: Option<Value>,
+    parameters: Option<Map<String, Value>>,
+    messages: Option<Vec<WireMessage>>,
+    renderer: Option<String>,
+    parser: Option<String>,
+    requires: Option<String>,
+    quantize: Option<String>,
+    quantization: Option<String>,
+    stream: Option<bool>,
+}
+
+/// `/api/create`, and whether its progress comes in pieces.
+///
+/// # Errors
+/// `invalid` and `unsupported` faults.
+pub fn create(bytes: &[u8]) -> Result<(Create, bool), Fault> {
+    let body: CreateBody = json::parse(bytes)?;
+    let said = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let given = body.model.as_deref().filter(|text| !text.is_empty());
+    let target = wanted(given.or(body.name.as_deref()))?;
+    if said(&body.quantize) || said(&body.quantization) {
+        return Err(Fault::new(
+            Code::Unsupported,
+            "quantize is not supported yet; make the model of weights that have the quant",
+        ));
+    }
+    let from = body.from.as_deref().filter(|text| !text.is_empty());
+    let from = from.map(|text| wanted(Some(text))).transpose()?;
+    let files = uploaded("files", body.files)?;
+    if from.is_none() && files.is_empty() {
+        return Err(Fault::invalid("neither 'from' or 'files' was specified"));
+    }
+    let adapters = uploaded("adapters", body.adapters)?;
+    if adapters.len() > 1 {
+        return Err(Fault::invalid("a model can have one adapter only"));
+    }
+    let turns = body.messages.unwrap_or_default();
+    turns::check_count(turns.len())?;
+    let messages =
+        turns.into_iter().map(|turn| message(&target.name, turn)).collect::<Result<Vec<_>, _>>()?;
+    let fields =
+        [("renderer", body.renderer), ("parser", body.parser), ("requires", body.requires)];
+    let fields = fields.into_iter().filter(|(_, text)| said(text));
+    let config = fields.filter_map(|(name, text)| Some((name.to_owned(), text?.into()))).collect();
+    let order = Create {
+        target,
+        from,
+        files,
+        adapters,
+        template: body.template.filter(|text| !text.is_empty()),
+        system: body.system.filter(|text| !text.is_empty()),
+        parameters: body.parameters.unwrap_or_default(),
+        messages,
+        licenses: licenses(body.license)?,
+        config,
+    };
+    Ok((order, body.stream.unwrap_or(true)))
+}
+
+/// Files by name, each with the digest of its blob.
+fn uploaded(what: &str, files: Option<Map<String, Value>>) -> Result<Vec<(String, Digest)>, Fault> {
+    let one = |(name, digest): (String, Value)| {
+        let steps = name.split('/');
+        let is_inside =
+            !name.contains('\\') && steps.into_iter().all(|step| !matches!(step, "" | "." | ".."));
+        let digest = digest.as_str().and_then(|text| text.parse().ok());
+        match digest.filter(|_| is_inside) {
+            Some(digest) => Ok((name, digest)),
+            None => Err(Fault::invalid(format!(
+                "{what} must be names inside a folder with the digest of each, and {name:?} is not"
+            ))),
+        }
+    };
+    files.unwrap_or_default().into_iter().map(one).collect()
+}
+
+/// One text or several.
+fn licenses(value: Option<Value>) -> Result<Vec<String>, Fault> {
+    let wrong = || Fault::invalid("license must be a text or a list of texts");
+    let texts = match value {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::String(text)) => vec![text],
+        Some(Value::Array(items)) => {
+            let text = |item: Value| item.as_str().map(str::to_owned).ok_or_else(wrong);
+            items.into_iter().map(text).collect::<Result<_, _>>()?
+        }
+        Some(_) => return Err(wrong()),
+    };
+    Ok(texts.into_iter().filter(|text| !text.is_empty()).collect())
+}
+
+/// `/api/prune`, `/api/fsck` and `/api/roots`, v4's own.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Care {
+    /// Downloads that are not done go too.
+    pub partials: bool,
+    /// Another program's store to be read in place.
+    pub add: Option<PathBuf>,
+    /// One to be read no more.
+    pub remove: Option<PathBuf>,
+    /// What is damaged is pulled again.
+    pub repair: bool,
+    /// Whether it is told as it comes.
+    pub stream: bool,
+}
+
+/// `/api/prune`, `/api/fsck` and `/api/roots`.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn care(bytes: &[u8]) -> Result<Care, Fault> {
+    json::parse(bytes)
+}
+
+/// `/api/pulls`: an action or a rate for one pull, or a rate for all of them.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn steer(bytes: &[u8]) -> Result<Order, Fault> {
+    let body: Named = json::parse(bytes)?;
+    let rate = body.limit_rate.as_ref().map(limit_rate).transpose()?;
+    let change = match body.action.as_deref() {
+        None => rate.map(Change::Rate),
+        Some("pause") => Some(Change::Pause),
+        Some("resume") => Some(Change::Resume),
+        Some("cancel") => Some(Change::Cancel),
+        Some(_) => None,
+    };
+    let change = change.ok_or_else(|| {
+        Fault::invalid("say what to do: an action (pause, resume or cancel) or a limit_rate")
+    })?;
+    match (body.model.is_some() || body.name.is_some(), change) {
+        (true, change) => Ok(Order::One(body.wanted()?, change)),
+        (false, Change::Rate(rate)) => Ok(Order::Rate(rate)),
+        (false, _) => Err(Fault::invalid("model is required")),
+    }
+}
+
+/// Bytes a second; none, 0 and nothing are no bound.
+fn limit_rate(value: &Value) -> Result<Option<NonZeroU64>, Fault> {
+    let bytes = match value {
+        Value::Null => Some(0),
+        Value::Number(n) => n.as_u64(),
+        Value::String(text) if text == "none" => Some(0),
+        Value::String(text) => config::bytes(text),
+        _ => None,
+    };
+    let bytes = bytes.ok_or_else(|| {
+        Fault::invalid("limit_rate must be bytes a second such as 2M or 500K, or none")
+    })?;
+    Ok(NonZeroU64::new(bytes))
 }
 
 impl Named {
@@ -369,6 +596,37 @@ mod tests {
     }
 
     #[test]
+    fn pulls_are_steered_one_by_one_or_in_their_rate_together() {
+        let rate = |n| Change::Rate(NonZeroU64::new(n));
+        for (body, change) in [
+            (r#"{"model":"m","action":"pause"}"#, Change::Pause),
+            (r#"{"name":"m","action":"resume"}"#, Change::Resume),
+            (r#"{"model":"m","action":"cancel"}"#, Change::Cancel),
+            (r#"{"model":"m","limit_rate":"2M"}"#, rate(2 << 20)),
+            (r#"{"model":"m","limit_rate":1000}"#, rate(1000)),
+            (r#"{"model":"m","limit_rate":"none"}"#, rate(0)),
+        ] {
+            let Order::One(wanted, found) = steer(body.as_bytes()).expect(body) else {
+                panic!("{body} is for all")
+            };
+            assert_eq!((wanted.text.as_str(), found), ("m", change), "{body}");
+        }
+        let all = steer(br#"{"limit_rate":"1K"}"#).expect("valid");
+        assert_eq!(all, Order::Rate(NonZeroU64::new(1024)));
+        for (body, words) in [
+            ("{}", "say what to do"),
+            (r#"{"model":"m"}"#, "say what to do"),
+            (r#"{"model":"m","action":"stop"}"#, "say what to do"),
+            (r#"{"action":"pause"}"#, "model is required"),
+            (r#"{"limit_rate":"fast"}"#, "limit_rate must be"),
+            (r#"{"limit_rate":-1}"#, "limit_rate must be"),
+        ] {
+            let message = steer(body.as_bytes()).expect_err(body).message;
+            assert!(message.contains(words), "{body}: {message}");
+        }
+    }
+
+    #[test]
     fn what_is_off_may_be_said() {
         let body = r#"{"model":"m","prompt":"x","format":"","images":[],"suffix":"","context":null,"logprobs":false,"template":""}"#;
         generate(body.as_bytes()).expect("valid");
@@ -381,6 +639,7 @@ mod tests {
         assert_eq!(delete(br#"{"model":"a/b:c"}"#).expect("valid").name.namespace(), "a");
         let asked = pull(br#"{"model":"m","stream":false,"insecure":true}"#).expect("valid");
         assert!(!asked.stream);
+        assert!(asked.wish.is_plain && !asked.wish.is_detached);
         assert_eq!(pull(b"{}").expect_err("no name").message, "model is required");
     }
 }

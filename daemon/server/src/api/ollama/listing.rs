@@ -1,6 +1,6 @@
 //! Listings, versions and pulls as Ollama's clients read them.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, num::NonZeroU64};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -145,6 +145,110 @@ pub fn version(listen: Option<&SocketAddr>) -> Vec<u8> {
 }
 
 #[derive(Serialize)]
+struct Pulls {
+    pulls: Vec<Pull>,
+    limit_rate: Option<NonZeroU64>,
+}
+
+#[derive(Serialize)]
+struct Pull {
+    name: String,
+    status: String,
+    completed: u64,
+    /// Of the files whose sizes are known.
+    total: u64,
+    limit_rate: Option<NonZeroU64>,
+    detached: bool,
+}
+
+/// `/api/pulls`, v4's own: the pulls that run, and the bound on all of them together in bytes a
+/// second.
+pub fn pulls(running: &[v4_pull::Running], limit_rate: Option<NonZeroU64>) -> Vec<u8> {
+    let pull = |one: &v4_pull::Running| Pull {
+        name: one.name.to_string(),
+        status: match &one.progress.stage {
+            Stage::Manifest => "pulling manifest".to_owned(),
+            Stage::File(_) => "pulling".to_owned(),
+            Stage::Paused(None) => "paused".to_owned(),
+            Stage::Paused(Some(why)) => format!("paused: {why}"),
+            Stage::Verifying => "verifying sha256 digest".to_owned(),
+            Stage::Writing => "writing manifest".to_owned(),
+            Stage::Done { .. } => "success".to_owned(),
+            Stage::Failed(fault) => fault.message.clone(),
+        },
+        completed: one.progress.files.iter().map(|file| file.completed).sum(),
+        total: one.progress.files.iter().filter_map(|file| file.total).sum(),
+        limit_rate: one.rate,
+        detached: one.is_detached,
+    };
+    bytes(&Pulls { pulls: running.iter().map(pull).collect(), limit_rate })
+}
+
+#[derive(Serialize)]
+struct Costs {
+    models: Vec<OneCost>,
+    orphans: u64,
+    partials: u64,
+    total: u64,
+}
+
+#[derive(Serialize)]
+struct OneCost {
+    name: String,
+    own: u64,
+    shared: u64,
+}
+
+/// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, of downloads
+/// that are not done, and of everything once.
+pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
+    let cost = |one: &v4_store::Cost| OneCost {
+        name: one.name.to_string(),
+        own: one.own_bytes,
+        shared: one.shared_bytes,
+    };
+    bytes(&Costs {
+        models: usage.names.iter().map(cost).collect(),
+        orphans: usage.orphan_bytes,
+        partials: usage.partial_bytes,
+        total: usage.total_bytes,
+    })
+}
+
+#[derive(Serialize)]
+struct Roots {
+    roots: Vec<Root>,
+}
+
+#[derive(Serialize)]
+struct Root {
+    path: String,
+    kind: &'static str,
+}
+
+/// `/api/roots`, v4's own: the other programs' stores that are read in place.
+pub fn roots(roots: &[v4_store::Root]) -> Vec<u8> {
+    let root = |one: &v4_store::Root| Root {
+        path: one.path.display().to_string(),
+        kind: match one.kind {
+            v4_store::RootKind::Ollama => "ollama",
+            v4_store::RootKind::HuggingFace => "huggingface",
+        },
+    };
+    bytes(&Roots { roots: roots.iter().map(root).collect() })
+}
+
+#[derive(Serialize)]
+struct Freed {
+    freed: u64,
+}
+
+/// `/api/prune`, v4's own: the bytes that came free.
+pub fn freed(freed: u64) -> Vec<u8> {
+    bytes(&Freed { freed })
+}
+
+#[derive(Serialize)]
 struct PullLine<'a> {
     status: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,15 +273,38 @@ pub struct PullLines {
     reached: u8,
     /// Bytes last written of each file.
     written: Vec<Option<u64>>,
+    /// Whether the last word was that it waits.
+    is_paused: bool,
+    /// Whether it goes the other way.
+    is_push: bool,
 }
 
 impl PullLines {
     /// The lines that are new since the last call. A failure is not written here.
     pub fn lines(&mut self, progress: &Progress) -> Vec<u8> {
         let mut out = Vec::new();
+        if self.is_push {
+            self.reach(1, "retrieving manifest", &mut out);
+            self.files(progress, &mut out);
+            if matches!(progress.stage, Stage::Writing | Stage::Done { .. }) {
+                self.reach(2, "pushing manifest", &mut out);
+            }
+            if matches!(progress.stage, Stage::Done { .. }) {
+                self.reach(3, "success", &mut out);
+            }
+            return out;
+        }
         self.reach(1, "pulling manifest", &mut out);
         self.files(progress, &mut out);
-        if !matches!(progress.stage, Stage::Manifest | Stage::File(_) | Stage::Failed(_)) {
+        if let Stage::Paused(why) = &progress.stage {
+            let status = why.as_ref().map_or("paused".to_owned(), |why| format!("paused: {why}"));
+            if !self.is_paused {
+                out.extend(line(&PullLine::status(&status)));
+            }
+        }
+        self.is_paused = matches!(progress.stage, Stage::Paused(_));
+        let is_early = matches!(progress.stage, Stage::Manifest | Stage::File(_));
+        if !is_early && !matches!(progress.stage, Stage::Paused(_) | Stage::Failed(_)) {
             self.reach(2, "verifying sha256 digest", &mut out);
         }
         if matches!(progress.stage, Stage::Writing | Stage::Done { .. }) {
@@ -210,6 +337,7 @@ impl PullLines {
             }
             *written = Some(file.completed);
             let status = match &file.digest {
+                Some(digest) if self.is_push => format!("pushing {}", digest.short()),
                 Some(digest) => format!("pulling {}", digest.short()),
                 None => "pulling a file".to_owned(),
             };
@@ -220,6 +348,21 @@ impl PullLines {
                 completed: Some(file.completed).filter(|&n| n > 0),
             }));
         }
+    }
+
+    /// The lines of a push.
+    pub fn of_push() -> Self {
+        Self { is_push: true, ..Self::default() }
+    }
+
+    /// A line that only says a status.
+    pub fn status_line(status: &str) -> Vec<u8> {
+        line(&PullLine::status(status))
+    }
+
+    /// The first word of a pull: all that is said of one that nobody watches.
+    pub fn first() -> Vec<u8> {
+        bytes(&PullLine::status("pulling manifest"))
     }
 
     /// The last word of a pull that was not watched: `success`.

@@ -30,6 +30,9 @@ struct Shown<'a> {
     tensors: &'a [TensorInfo],
     capabilities: &'a [Ability],
     modified_at: String,
+    /// v4's own: where it came from, as far as that is known.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    provenance: &'a Value,
     /// v4's own: what a person should know of this model.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
@@ -54,6 +57,7 @@ pub fn show(model: &Model, inspection: &Inspection) -> Vec<u8> {
         tensors: &inspection.tensors,
         capabilities: &inspection.info.abilities,
         modified_at: clock::local(model.record.modified),
+        provenance: &model.origin,
         warnings: warnings(model, inspection),
     })
 }

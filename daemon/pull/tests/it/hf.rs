@@ -1,0 +1,95 @@
+//! Repositories of Hugging Face, over a loopback hub.
+
+use std::sync::Arc;
+
+use serde_json::json;
+use v4_proto::Code;
+use v4_pull::{PullConfig, Wish};
+use v4_store::{fs::RealFs, sha256};
+
+use crate::{
+    server::{Reply, Server},
+    world::{World, bytes, config, name},
+};
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A hub with one repository of two quants, one of them in shards. Everything needs a token.
+fn hub(shards: [Vec<u8>; 2], small: Vec<u8>) -> Server {
+    Server::start(move |request| {
+        if request.headers.get("authorization").map(String::as_str) != Some("Bearer secret") {
+            return Reply::new(401, "");
+        }
+        let lfs = |bytes: &[u8]| json!({"oid": sha256(bytes).hex(), "size": bytes.len()});
+        let file = |path: &str, bytes: &[u8]| json!({"type": "file", "path": path, "size": 130, "lfs": lfs(bytes)});
+        let resolve = format!("/me/x-GGUF/resolve/{COMMIT}");
+        let tree = format!("/api/models/me/x-GGUF/tree/{COMMIT}");
+        match request.path.as_str() {
+            "/api/models/me/x-GGUF/revision/main" | "/api/models/me/x-GGUF/revision/v1.0" => {
+                Reply::new(200, json!({"sha": COMMIT, "cardData": {"license": "mit"}}).to_string())
+            }
+            path if path == format!("{tree}?recursive=true") => {
+                let page =
+                    json!([{"type": "directory", "path": "Q8_0"}, file("x-Q4_K_M.gguf", &small)]);
+                let base = format!("http://{}", request.headers["host"]);
+                let link = format!("<{base}{tree}?cursor=2>; rel=\"next\"");
+                Reply::new(200, page.to_string()).header("Link", link)
+            }
+            path if path == format!("{tree}?cursor=2") => {
+                let shard = |i: usize| {
+                    file(&format!("Q8_0/x-Q8_0-0000{}-of-00002.gguf", i + 1), &shards[i])
+                };
+                Reply::new(200, json!([shard(0), shard(1)]).to_string())
+            }
+            path if path == format!("{resolve}/x-Q4_K_M.gguf") => Reply::file(request, &small),
+            path if path == format!("{resolve}/Q8_0/x-Q8_0-00001-of-00002.gguf") => {
+                Reply::file(request, &shards[0])
+            }
+            path if path == format!("{resolve}/Q8_0/x-Q8_0-00002-of-00002.gguf") => {
+                Reply::file(request, &shards[1])
+            }
+            _ => Reply::new(404, ""),
+        }
+    })
+}
+
+fn world(server: &Server, token: Option<&str>) -> World {
+    let config = PullConfig {
+        hf_endpoint: server.url().to_owned(),
+        hf_token: token.map(str::to_owned),
+        ..config("http://127.0.0.1:1")
+    };
+    World::of(config, Arc::new(RealFs))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quant_of_a_repository_is_pulled_and_pinned() {
+    let (shards, small) = ([bytes(20 << 20), bytes(1000)], bytes(5000));
+    let server = hub(shards.clone(), small.clone());
+    let world = world(&server, Some("secret"));
+    world.pull_well("hf.co/me/x-GGUF").await;
+    let record = world.store.find(&name("hf.co/me/x-GGUF")).unwrap().unwrap();
+    assert_eq!(record.manifest.layers[0].digest, sha256(&small));
+    let origin = world.store.origin(&record.digest).unwrap();
+    let origin: serde_json::Value = serde_json::from_slice(&origin).unwrap();
+    assert_eq!((&origin["revision"], &origin["license"]), (&json!(COMMIT), &json!("mit")));
+    assert_eq!(origin["files"][0]["verified"], true);
+    // All shards of a quant, one blob each.
+    let wish = Wish { revision: Some("v1.0".to_owned()), ..Wish::default() };
+    let sharded = name("hf.co/me/x-GGUF:Q8_0");
+    let watch = world.jobs.pull(&sharded, wish).unwrap();
+    world.follow(watch).await;
+    let record = world.store.find(&sharded).unwrap().unwrap();
+    let digests: Vec<_> = record.manifest.layers.iter().map(|layer| layer.digest).collect();
+    assert_eq!(digests, shards.map(|shard| sha256(&shard)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_there_or_not_open_is_said() {
+    let server = hub([bytes(10), bytes(20)], bytes(30));
+    let open = world(&server, Some("secret"));
+    open.pull_badly("hf.co/me/x-GGUF:Q2_K", Code::Upstream, &["no file for \"Q2_K\""]).await;
+    open.pull_badly("hf.co/me/other", Code::NotFound, &["not found on 127.0.0.1"]).await;
+    let closed = world(&server, None);
+    closed.pull_badly("hf.co/me/x-GGUF", Code::Upstream, &["HF_TOKEN"]).await;
+}
