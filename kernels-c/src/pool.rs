@@ -10,7 +10,7 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
@@ -101,12 +101,12 @@ impl Range {
     fn take(&self, is_owner: bool) -> Option<usize> {
         let left = |packed: u64| {
             let (begin, end) = (packed >> 32, packed & END);
-            let rest = if is_owner { (begin + 1) << 32 | end } else { begin << 32 | (end - 1) };
-            (begin < end).then_some(rest)
+            let rest = || if is_owner { (begin + 1) << 32 | end } else { begin << 32 | (end - 1) };
+            (begin < end).then(rest)
         };
         let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).ok()?;
         let share = if is_owner { before >> 32 } else { (before & END) - 1 };
-        Some(share as usize)
+        usize::try_from(share).ok()
     }
 }
 
@@ -348,6 +348,8 @@ fn wait(turns: &mut u32, park: impl FnOnce()) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     #[test]
@@ -366,6 +368,16 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn shares_are_taken_in_order_and_lost_from_the_end() {
+        let range = Range::default();
+        assert_eq!((range.take(true), range.take(false), range.len()), (None, None, 0));
+        range.set(7, 11);
+        let taken = [true, false, true, false].map(|is_owner| range.take(is_owner));
+        assert_eq!(taken, [Some(7), Some(10), Some(8), Some(9)]);
+        assert_eq!((range.take(true), range.take(false), range.len()), (None, None, 0));
     }
 
     #[test]

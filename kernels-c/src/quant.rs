@@ -163,7 +163,7 @@ mod tests {
             let raw = golden.get(&format!("{quant}.raw")).expect("every format has a reference");
             let wanted = floats(golden.get(&format!("{quant}.f32")).unwrap());
             // Copied, so that a sanitizer sees a read beyond the blocks.
-            let got = decoded(quant, &raw.to_vec());
+            let got = decoded(quant, &Box::<[u8]>::from(raw));
             assert_eq!(got.len(), wanted.len(), "{quant}");
             for (i, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
                 let same = got.to_bits() == wanted.to_bits() || got.is_nan() && wanted.is_nan();

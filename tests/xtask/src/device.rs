@@ -15,7 +15,7 @@ pub struct DeviceArgs {
     /// An instruction set instead of the best one of this machine.
     #[arg(long)]
     isa: Option<String>,
-    /// How keys and values are kept: f16, bf16 or q8_0.
+    /// How keys and values are kept: `f16`, `bf16` or `q8_0`.
     #[arg(long, default_value = "f16", value_parser = kv_type)]
     kv_type: KvType,
 }

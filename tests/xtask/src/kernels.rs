@@ -69,7 +69,7 @@ pub fn sanitizers() -> Result<Outcome, String> {
     must(&mut command).map(|()| Outcome::Passed)
 }
 
-/// The kernels of AArch64, run by an emulator where the processor is another.
+/// The kernels of `AArch64`, run by an emulator where the processor is another.
 pub fn emulated_arm() -> Result<Outcome, String> {
     if !runs(ARM_GCC) {
         return Ok(Outcome::Skipped(format!("{ARM_GCC} is not installed")));
