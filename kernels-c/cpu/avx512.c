@@ -105,7 +105,8 @@ ALWAYS_INLINE struct chunk open_chunk(const struct rows *rows, size_t groups, si
     const size_t at = first / block_groups * block_bytes;
     const size_t bytes = CHUNK_GROUPS / block_groups * block_bytes;
     const size_t index = first / CHUNK_GROUPS % 2;
-    struct scattered *const now = &walk->scattered[index], *const later = &walk->scattered[1 - index];
+    struct scattered *const now = &walk->scattered[index];
+    struct scattered *const later = &walk->scattered[1 - index];
     const size_t n = (size_t)chunk_groups(groups, first);
     struct chunk c = {rows->start + at, rows->stride, (int)n, now};
     if (rows->n < LANES) {
@@ -208,14 +209,14 @@ ALWAYS_INLINE void multiply_group(const __m512i raw[RAW_VECTORS], const struct s
     }
 }
 
-/* How far ahead of its use a chunk is fetched, in chunks: far enough for memory, near enough that it
- * is still in the second cache. */
+/* How far ahead of its use a chunk is fetched, in chunks: far enough for memory, near enough that
+ * it is still in the second cache. */
 enum { FETCH_AHEAD = 3, LINE = 64 };
 
 /* Sixteen rows that are read side by side are more streams than the processor foresees well. So the
- * chunk that comes FETCH_AHEAD after the one of the groups from `first` is fetched, where a row ends
- * in the next sixteen rows; beyond the matrix lies what is likely used next, and to fetch what does
- * not exist does no harm. Gives where its first row is. */
+ * chunk that comes FETCH_AHEAD after the one of the groups from `first` is fetched, where a row
+ * ends in the next sixteen rows; beyond the matrix lies what is likely used next, and to fetch what
+ * does not exist does no harm. Gives where its first row is. */
 ALWAYS_INLINE const uint8_t *find_ahead(const struct rows *rows, size_t groups, size_t first,
                                         struct format f)
 {
@@ -241,8 +242,8 @@ ALWAYS_INLINE const uint8_t *fetch(const uint8_t *from, size_t stride, int n, si
 }
 
 /* Sixteen rows with the tokens of x, as if they were n. */
-ALWAYS_INLINE void gemv_tile(const struct rows *rows, const struct v4_act *x, int n, struct format f,
-                             float *out, size_t out_stride)
+ALWAYS_INLINE void gemv_tile(const struct rows *rows, const struct v4_act *x, int n,
+                             struct format f, float *out, size_t out_stride)
 {
     const size_t groups = x->cols / V4_ACT_GROUP;
     struct walk walk;

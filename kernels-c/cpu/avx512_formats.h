@@ -20,8 +20,8 @@
 
 enum { LANES = 16, CHUNK_GROUPS = 8, CODE_VECTORS = V4_ACT_GROUP / 4 };
 
-/* What is small and lies scattered in the blocks of a chunk, copied by plain loads and stores, which
- * leave the vector units free: a number a group, or a block, of each row. */
+/* What is small and lies scattered in the blocks of a chunk, copied by plain loads and stores,
+ * which leave the vector units free: a number a group, or a block, of each row. */
 struct scattered {
     _Alignas(64) uint32_t words[CHUNK_GROUPS][LANES];
     _Alignas(64) uint32_t fifth[CHUNK_GROUPS][LANES];
@@ -406,8 +406,8 @@ ALWAYS_INLINE void nvfp4_scatter(const uint8_t *p, size_t stride, int groups, st
     nvfp4_words(p, stride, groups / 2, to);
 }
 
-/* Two e4m3 numbers, halved, of each row: bytes `at` and `at` + 1 of its word. e4m3 as half precision
- * has the same bits, 2^8 too small; the table of the codes is doubled. */
+/* Two e4m3 numbers, halved, of each row: bytes `at` and `at` + 1 of its word. e4m3 as half
+ * precision has the same bits, 2^8 too small; the table of the codes is doubled. */
 ALWAYS_INLINE void set_ue4m3(__m512i words, int at, float to[2][LANES])
 {
     const __m512i first = field(words, 8 * at, 8), second = field(words, 8 * at + 8, 8);
@@ -420,7 +420,8 @@ ALWAYS_INLINE void set_ue4m3(__m512i words, int at, float to[2][LANES])
     const __m512 factor = _mm512_set1_ps(128);
     const __m512 a = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), factor);
     const __m512 b = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), factor);
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     _mm512_store_ps(to[0], _mm512_permutex2var_ps(a, even, b));
     _mm512_store_ps(to[1], _mm512_permutex2var_ps(a, odd, b));
@@ -523,7 +524,8 @@ ALWAYS_INLINE __m512i q5_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 }
 
 /* The signed bytes of four words, a scale each, times d: pairs 0 and 1 of eight groups. */
-ALWAYS_INLINE void set_byte_scales(__m512 d, const __m512i words[4], float to[CHUNK_GROUPS][2][LANES])
+ALWAYS_INLINE void set_byte_scales(__m512 d, const __m512i words[4],
+                                   float to[CHUNK_GROUPS][2][LANES])
 {
     UNROLL
     for (int g = 0; g < CHUNK_GROUPS; g++) {
@@ -667,7 +669,21 @@ ALWAYS_INLINE void iq4_xs_raw(const uint8_t *p, size_t stride, int unit,
 /* ---- the rest -------------------------------------------------------------------------------- */
 
 /* Formats whose weights come from large tables go through decode_i8, a block a row. */
-#define DECODED(name, group)                                                                          static __attribute__((noinline)) void name##_scales(const uint8_t *p, size_t stride,                                                                  int groups, const struct scattered *from,                                                         struct room *to)                              {                                                                                                     (void)groups, (void)from;                                                                         for (int r = 0; r < LANES; r++, p += stride) {                                                        float scale[V4_MAX_BLOCK_LEN / 16], min[V4_MAX_BLOCK_LEN / 16];                                   v4_##name##_decode_i8((const void *)p, to->decoded.q[r], scale, min);                             for (int g = 0; g < V4_MAX_BLOCK_LEN / (group); g++) {                                                const int at = g * (group) / 16;                                                                  to->scales.scale[at / 2][at % 2][r] = scale[g];                                               }                                                                                             }                                                                                             }
+#define DECODED(name, group)                                                                      \
+    static __attribute__((noinline)) void name##_scales(const uint8_t *p, size_t stride,          \
+                                                        int groups, const struct scattered *from, \
+                                                        struct room *to)                          \
+    {                                                                                             \
+        (void)groups, (void)from;                                                                 \
+        for (int r = 0; r < LANES; r++, p += stride) {                                            \
+            float scale[V4_MAX_BLOCK_LEN / 16], min[V4_MAX_BLOCK_LEN / 16];                       \
+            v4_##name##_decode_i8((const void *)p, to->decoded.q[r], scale, min);                 \
+            for (int g = 0; g < V4_MAX_BLOCK_LEN / (group); g++) {                                \
+                const int at = g * (group) / 16;                                                  \
+                to->scales.scale[at / 2][at % 2][r] = scale[g];                                   \
+            }                                                                                     \
+        }                                                                                         \
+    }
 
 ALWAYS_INLINE void decoded_raw(const uint8_t *p, size_t stride, int unit,
                                const struct scattered *from, const struct room *room,

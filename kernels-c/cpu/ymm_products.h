@@ -42,8 +42,8 @@ struct format {
 struct act_pair {
     __m256i lo, hi;
     __m256 d[2]; /* of each group, in all elements */
-    /* For the halves of groups of 16, else [0]: minus offset x sum of each lane's group as integers,
-     * or the sum as floats for formats with minima. */
+    /* For the halves of groups of 16, else [0]: minus offset x sum of each lane's group as
+     * integers, or the sum as floats for formats with minima. */
     __m256i correction[2];
 };
 
@@ -113,8 +113,8 @@ ALWAYS_INLINE __m256i sum_in_lanes(const __m256i v[QUAD])
 
 /* Part p of four rows' products with two groups, before the activations' scale: element r of lane l
  * is row r, group l. */
-ALWAYS_INLINE __m256 multiply_quad(const struct codes c[QUAD], const struct stretch *s, int j, int p,
-                                   const struct act_pair *a, struct format f)
+ALWAYS_INLINE __m256 multiply_quad(const struct codes c[QUAD], const struct stretch *s, int j,
+                                   int p, const struct act_pair *a, struct format f)
 {
     __m256i v[QUAD];
     UNROLL
@@ -278,9 +278,9 @@ ALWAYS_INLINE void gemv_blocks(const void *w, size_t row_bytes, size_t n_rows,
 
 /* ---- panels ---------------------------------------------------------------------------------- */
 
-/* A panel is 32 rows, a group of 32 weights after another: for each eight rows eight times (for four
- * weights each) the rows' four bytes, then scales, then minima, each [pair][32 rows]. Codes that
- * fill a byte take two instead: eight times weights 0 and 2 of the four, then 1 and 3. */
+/* A panel is 32 rows, a group of 32 weights after another: for each eight rows eight times (for
+ * four weights each) the rows' four bytes, then scales, then minima, each [pair][32 rows]. Codes
+ * that fill a byte take two instead: eight times weights 0 and 2 of the four, then 1 and 3. */
 ALWAYS_INLINE size_t code_bytes(int is_wide)
 {
     return is_wide && !HAS_DPBUSD ? 2 : 1;
@@ -355,7 +355,8 @@ ALWAYS_INLINE void pack_scales(const struct stretch s[2], int j, int groups, int
     UNROLL
     for (int i = 0; i < 4 * (1 + pairs); i++) {
         const int l = i % 2, q = i / 2 % 2, p = i / 4;
-        float *scale = (float *)(void *)((char *)to + (size_t)l * stride) + p * V4_PANEL_ROWS + 4 * q;
+        float *lane = (float *)(void *)((char *)to + (size_t)l * stride);
+        float *scale = lane + p * V4_PANEL_ROWS + 4 * q;
         if (l < groups) {
             const __m256 v = s[q].scale[p][j], m = mins ? s[q].min[p][j] : v;
             _mm_store_ps(scale, l ? _mm256_extractf128_ps(v, 1) : _mm256_castps256_ps128(v));
@@ -630,8 +631,8 @@ ALWAYS_INLINE void panel_rows(const uint8_t *panel, size_t rows, const struct v4
     const uint8_t *from = panel + g0 * panel_group_bytes(kind.sums == 0, kind.pairs, kind.mins);
     const float *scale = (const float *)(const void *)(from + V4_PANEL_ROWS / OCTET * octet_bytes);
     for (size_t r = 0; r < rows; r += TILE_OCTETS * OCTET) {
-        panel_tile(from + r / OCTET * octet_bytes, scale + r, rows - r, &a, n, g0 == 0, offset, kind,
-                   out + first * out_stride + r, out_stride);
+        panel_tile(from + r / OCTET * octet_bytes, scale + r, rows - r, &a, n, g0 == 0, offset,
+                   kind, out + first * out_stride + r, out_stride);
     }
 }
 
