@@ -174,7 +174,8 @@ impl Load {
         let Self { resident, anonymous, file_bytes, kv_bytes, scratch_bytes, .. } = *self;
         text + &format!(
             "first token  {:10.2} ms {:10.0} minor faults\n\
-             resident {:.1} MB, {:.1} of it anonymous; weights {:.1} + cache {:.1} + scratch {:.1} MB",
+             resident {:.1} MB, {:.1} of it anonymous; \
+             weights {:.1} + cache {:.1} + scratch {:.1} MB",
             1e3 * sum.seconds,
             sum.faults,
             resident as f64 / MEGA,

@@ -178,8 +178,8 @@ impl Point {
         let limits = self.limits.best();
         let prefill = self.prefill.as_ref().map(|it| {
             format!(
-                "\n  prefill {:8.1} tokens/s                {:6.1} of {:6.1} Gop/s int8 ({:3.0} %), \
-                 {:3.0} % of all limits",
+                "\n  prefill {:8.1} tokens/s                {:6.1} of {:6.1} Gop/s int8 \
+                 ({:3.0} %), {:3.0} % of all limits",
                 it.tokens_per_s(),
                 it.products_per_s() / GIGA,
                 limits.int8 / GIGA,

@@ -203,7 +203,7 @@ fn our_figure(text: &str, column: Column) -> Option<f64> {
     line[format!("{key}_tokens_per_s")].as_f64()
 }
 
-/// A figure of `llama-bench -o json`: records of tests, of which those of a prompt generate none.
+/// A figure of `llama-bench -o json`: records of tests; that of a prompt generates nothing.
 fn record_figure(text: &str, column: Column) -> Option<f64> {
     let records: Value = serde_json::from_str(text.get(text.find('[')?..)?).ok()?;
     let is_prefill = |record: &Value| record["n_gen"] == 0;
