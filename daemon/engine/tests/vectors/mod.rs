@@ -74,14 +74,20 @@ pub struct Distance {
     pub max_kl: f64,
     /// Share of rows with the same likeliest token.
     pub top1: f64,
+    /// The same, but a token counts as well that the golden row has nearer than [`TIE`] to its
+    /// likeliest.
+    pub top1_or_tie: f64,
 }
+
+/// Logits so near are one to half precision in keys and values.
+const TIE: f32 = 1e-2;
 
 /// Compares `[rows, width]` with the golden rows.
 pub fn distance(found: &[f32], golden: &[f32], width: usize) -> Distance {
     assert_eq!(found.len(), golden.len());
     let n = golden.len() / width;
     let mut all = Distance::default();
-    let (mut same, mut kls) = (0, Vec::with_capacity(n));
+    let (mut same, mut near, mut kls) = (0, 0, Vec::with_capacity(n));
     for (found, golden) in found.chunks(width).zip(golden.chunks(width)) {
         let differences = found.iter().zip(golden).map(|(a, b)| (a - b).abs());
         // NaN must not pass: `max` would drop it.
@@ -90,11 +96,14 @@ pub fn distance(found: &[f32], golden: &[f32], width: usize) -> Distance {
         all.mean_kl += kl / n as f64;
         all.max_kl = all.max_kl.max(kl);
         kls.push(kl);
-        same += usize::from(argmax(found) == argmax(golden));
+        let (chosen, best) = (argmax(found), argmax(golden));
+        same += usize::from(chosen == best);
+        near += usize::from(golden[best as usize] - golden[chosen as usize] < TIE);
     }
     kls.sort_by(f64::total_cmp);
     all.median_kl = kls[n / 2];
     all.top1 = same as f64 / n as f64;
+    all.top1_or_tie = near as f64 / n as f64;
     all
 }
 
