@@ -223,6 +223,16 @@ ALWAYS_INLINE __m512 times(__m512 d, __m512i integers)
         }                                                                                         \
     }
 
+/* How a unit of the chunk at p is read to raw, a function of that name. */
+#define RAW(name, ...)                                                                            \
+    ALWAYS_INLINE void name##_raw(const uint8_t *p, size_t stride, int unit,                      \
+                                  const struct scattered *from, const struct room *room,          \
+                                  __m512i raw[RAW_VECTORS])                                       \
+    {                                                                                             \
+        (void)p, (void)stride, (void)from, (void)room;                                            \
+        __VA_ARGS__                                                                               \
+    }
+
 /* ---- blocks of 32 ---------------------------------------------------------------------------- */
 
 ALWAYS_INLINE void set_halves_as_scales(int groups, const struct scattered *from, struct room *to)
@@ -252,12 +262,7 @@ ALWAYS_INLINE void q4_0_scales(const uint8_t *p, size_t stride, int groups,
     set_halves_as_scales(groups, from, to);
 }
 
-ALWAYS_INLINE void q4_0_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_16(p + 18 * unit + 2, stride, raw);
-}
+RAW(q4_0, turn_16(p + 18 * unit + 2, stride, raw);)
 
 ALWAYS_INLINE __m512i q4_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -288,12 +293,7 @@ ALWAYS_INLINE void q4_1_scales(const uint8_t *p, size_t stride, int groups,
     set_words_as_scales(groups, from, to);
 }
 
-ALWAYS_INLINE void q4_1_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_16(p + 20 * unit + 4, stride, raw);
-}
+RAW(q4_1, turn_16(p + 20 * unit + 4, stride, raw);)
 
 #define q4_1_code q4_0_code
 
@@ -308,13 +308,9 @@ ALWAYS_INLINE void q5_0_scatter(const uint8_t *p, size_t stride, int groups, str
 
 #define q5_0_scales q4_0_scales
 
-ALWAYS_INLINE void q5_0_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)room;
+RAW(q5_0,
     turn_16(p + 22 * unit + 6, stride, raw);
-    raw[4] = _mm512_load_si512(from->fifth[unit]);
-}
+    raw[4] = _mm512_load_si512(from->fifth[unit]);)
 
 ALWAYS_INLINE __m512i q5_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -333,13 +329,9 @@ ALWAYS_INLINE void q5_1_scatter(const uint8_t *p, size_t stride, int groups, str
 
 #define q5_1_scales q4_1_scales
 
-ALWAYS_INLINE void q5_1_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)room;
+RAW(q5_1,
     turn_16(p + 24 * unit + 8, stride, raw);
-    raw[4] = _mm512_load_si512(from->fifth[unit]);
-}
+    raw[4] = _mm512_load_si512(from->fifth[unit]);)
 
 #define q5_1_code q5_0_code
 
@@ -347,12 +339,7 @@ SCATTER(q8_0_scatter, uint16_t, halves, 0, 34, CHUNK_GROUPS)
 
 #define q8_0_scales q4_0_scales
 
-ALWAYS_INLINE void q8_0_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_32(p + 34 * unit + 2, stride, raw);
-}
+RAW(q8_0, turn_32(p + 34 * unit + 2, stride, raw);)
 
 /* Signed bytes plus 128. */
 ALWAYS_INLINE __m512i q8_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
@@ -384,13 +371,7 @@ ALWAYS_INLINE void mxfp4_scales(const uint8_t *p, size_t stride, int groups,
     }
 }
 
-ALWAYS_INLINE void mxfp4_raw(const uint8_t *p, size_t stride, int unit,
-                             const struct scattered *from, const struct room *room,
-                             __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_16(p + 17 * unit + 1, stride, raw);
-}
+RAW(mxfp4, turn_16(p + 17 * unit + 1, stride, raw);)
 
 ALWAYS_INLINE __m512i mxfp4_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -439,13 +420,7 @@ ALWAYS_INLINE void nvfp4_scales(const uint8_t *p, size_t stride, int groups,
 }
 
 /* Half a block: 8 bytes of the low and high nibbles of sixteen weights, and 8 of the next. */
-ALWAYS_INLINE void nvfp4_raw(const uint8_t *p, size_t stride, int unit,
-                             const struct scattered *from, const struct room *room,
-                             __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_16(p + 36 * (unit / 2) + 4 + 16 * (unit % 2), stride, raw);
-}
+RAW(nvfp4, turn_16(p + 36 * (unit / 2) + 4 + 16 * (unit % 2), stride, raw);)
 
 ALWAYS_INLINE __m512i nvfp4_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -492,12 +467,7 @@ ALWAYS_INLINE void q4_k_scales(const uint8_t *p, size_t stride, int groups,
 #define q4_k_scatter no_scatter
 
 /* Two groups: the low and the high nibbles of 32 bytes. */
-ALWAYS_INLINE void q4_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_32(p + 16 + 32 * unit, stride, raw);
-}
+RAW(q4_k, turn_32(p + 16 + 32 * unit, stride, raw);)
 
 ALWAYS_INLINE __m512i q4_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -508,15 +478,11 @@ ALWAYS_INLINE __m512i q4_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 #define q5_k_scales q4_k_scales
 
 /* The fifth bits are raw[8..16], the unit's lowest two bits at first. */
-ALWAYS_INLINE void q5_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
+RAW(q5_k,
     turn_32(p + 48 + 32 * unit, stride, raw);
     turn_32(p + 16, stride, raw + 8);
     raw[16] = _mm512_set1_epi8((char)(1 << (2 * unit)));
-    raw[17] = _mm512_set1_epi8((char)(2 << (2 * unit)));
-}
+    raw[17] = _mm512_set1_epi8((char)(2 << (2 * unit)));)
 
 ALWAYS_INLINE __m512i q5_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -551,14 +517,10 @@ ALWAYS_INLINE void q6_k_scales(const uint8_t *p, size_t stride, int groups,
 }
 
 /* Four groups: nibbles of 64 bytes in raw[0..16], and two bits more for each in raw[16..24]. */
-ALWAYS_INLINE void q6_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
+RAW(q6_k,
     turn_32(p + 64 * unit, stride, raw);
     turn_32(p + 64 * unit + 32, stride, raw + 8);
-    turn_32(p + 128 + 32 * unit, stride, raw + 16);
-}
+    turn_32(p + 128 + 32 * unit, stride, raw + 16);)
 
 ALWAYS_INLINE __m512i q6_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -586,12 +548,7 @@ ALWAYS_INLINE void q2_k_scales(const uint8_t *p, size_t stride, int groups,
 }
 
 /* Four groups: two bits each of 32 bytes. */
-ALWAYS_INLINE void q2_k_raw(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
-                            const struct room *room, __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_32(p + 16 + 32 * unit, stride, raw);
-}
+RAW(q2_k, turn_32(p + 16 + 32 * unit, stride, raw);)
 
 ALWAYS_INLINE __m512i q2_k_code(const __m512i raw[RAW_VECTORS], int k, int j)
 {
@@ -656,13 +613,7 @@ ALWAYS_INLINE void iq4_xs_scales(const uint8_t *p, size_t stride, int groups,
     }
 }
 
-ALWAYS_INLINE void iq4_xs_raw(const uint8_t *p, size_t stride, int unit,
-                              const struct scattered *from, const struct room *room,
-                              __m512i raw[RAW_VECTORS])
-{
-    (void)from, (void)room;
-    turn_16(p + 8 + 16 * unit, stride, raw);
-}
+RAW(iq4_xs, turn_16(p + 8 + 16 * unit, stride, raw);)
 
 #define iq4_xs_code iq4_nl_code
 
@@ -685,12 +636,6 @@ ALWAYS_INLINE void iq4_xs_raw(const uint8_t *p, size_t stride, int unit,
         }                                                                                         \
     }
 
-ALWAYS_INLINE void decoded_raw(const uint8_t *p, size_t stride, int unit,
-                               const struct scattered *from, const struct room *room,
-                               __m512i raw[RAW_VECTORS])
-{
-    (void)p, (void)stride, (void)from;
-    turn_32((const uint8_t *)room->decoded.q[0] + 32 * unit, V4_MAX_BLOCK_LEN, raw);
-}
+RAW(decoded, turn_32((const uint8_t *)room->decoded.q[0] + 32 * unit, V4_MAX_BLOCK_LEN, raw);)
 
 #endif

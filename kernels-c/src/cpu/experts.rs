@@ -12,18 +12,11 @@ use std::ops::Range;
 
 use super::Cpu;
 use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows, SUM_GROUP};
-use super::linear::{Quantized, finish};
+use super::linear::{PANEL_TOKENS, Quantized, finish, panel_len, product, share_bytes};
 use super::memory::{Spread, Tile};
 use crate::device::{Activation, Buffer, ExpertWeights, Experts, Matrix, Router, Routing};
 use crate::pool::Scratch;
 
-/// Bytes of weights in a share of a product with few rows, as in `linear`.
-const SHARE_BYTES: Range<usize> = 8 << 10..256 << 10;
-/// Shares a thread of a product with few rows, between those bounds.
-const SHARES_A_THREAD: usize = 8;
-/// Rows of one expert that use a panel before it is unpacked again: what they make stays in the
-/// second cache.
-const PANEL_TOKENS: usize = 512;
 /// Columns of the result in a share are a multiple of this: the widest tile of a product.
 const COLUMNS: usize = 16;
 /// Bytes gathered by one thread: beneath, waking another costs more.
@@ -118,40 +111,7 @@ impl Mixture {
 /// Rows of weights in a share of a product with few tokens, of `bytes` in all: whole groups of
 /// activations for the product that follows.
 fn share_rows(bytes: usize, row_bytes: usize, threads: usize) -> usize {
-    let wanted = bytes / (threads * SHARES_A_THREAD);
-    let share_bytes = wanted.clamp(SHARE_BYTES.start, SHARE_BYTES.end);
-    (share_bytes / row_bytes.max(1)).max(1).next_multiple_of(ACT_GROUP)
-}
-
-/// The product of some rows of an expert's matrix.
-fn product(isa: &Isa, weights: Rows<'_>, x: &Acts<'_>, out: &mut Tile<'_>, panel: &mut [f32]) {
-    if x.rows() <= GEMV_TOKENS {
-        isa.gemv(weights, x, out);
-        return;
-    }
-    for first in (0..weights.len).step_by(PANEL_ROWS) {
-        let rows = PANEL_ROWS.min(weights.len - first);
-        let weights = weights.part(first, rows);
-        let mut out = out.columns(first..first + rows);
-        if weights.quant.is_blocks() {
-            isa.panel(weights, panel);
-            isa.gemm_i8(weights.quant, panel, x, &mut out);
-        } else {
-            let floats = &mut panel[..rows * weights.cols];
-            isa.dequantize(weights, floats);
-            isa.gemm_f32(floats, x, &mut out);
-        }
-    }
-}
-
-/// Floats of working memory that [`product`] wants for a panel, in whole cache lines.
-fn panel_len(isa: &Isa, matrix: &Matrix) -> usize {
-    let len = if matrix.quant().is_blocks() {
-        isa.panel_len(matrix.quant(), matrix.cols())
-    } else {
-        PANEL_ROWS * matrix.cols()
-    };
-    len.next_multiple_of(16)
+    (share_bytes(bytes, threads) / row_bytes.max(1)).max(1).next_multiple_of(ACT_GROUP)
 }
 
 /// One of [`Experts`]' products, checked.
@@ -275,9 +235,8 @@ impl Down<'_> {
         let few = self.groups.iter().all(|group| group.assigned.len() <= GEMV_TOKENS);
         if few {
             let row_bytes = (self.groups.len() * self.product.row_bytes()).max(1);
-            let wanted = matrix.rows() * row_bytes / (threads * SHARES_A_THREAD);
-            let share_bytes = wanted.clamp(SHARE_BYTES.start, SHARE_BYTES.end);
-            return (share_bytes / row_bytes).max(1).next_multiple_of(COLUMNS);
+            let bytes = share_bytes(matrix.rows() * row_bytes, threads);
+            return (bytes / row_bytes).max(1).next_multiple_of(COLUMNS);
         }
         // Half a panel where there would not be enough whole ones.
         if matrix.rows() / PANEL_ROWS < threads * 2 { COLUMNS } else { PANEL_ROWS }

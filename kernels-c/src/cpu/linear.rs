@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::Cpu;
 use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows, SUM_GROUP};
 use super::memory::{Spread, Tile};
-use crate::device::{Buffer, Linear};
+use crate::device::{Buffer, Linear, Matrix};
 use crate::pool::Scratch;
 
 /// Bytes of weights in a share of a product with few rows: long beside the 50 ns that taking a
@@ -19,7 +19,7 @@ const SHARE_BYTES: Range<usize> = 8 << 10..256 << 10;
 /// Shares a thread of a product with few rows, between those bounds.
 const SHARES_A_THREAD: usize = 8;
 /// Tokens that use a panel of a product with many rows before other threads unpack it again.
-const PANEL_TOKENS: usize = 512;
+pub(super) const PANEL_TOKENS: usize = 512;
 /// Activations quantised by one thread: beneath, waking another costs more.
 const QUANTIZE_ALONE: usize = 16 << 10;
 
@@ -41,7 +41,7 @@ struct Share {
 
 /// What a share needs of a [`Linear`].
 struct Part<'a> {
-    weight: &'a crate::Matrix,
+    weight: &'a Matrix,
     bias: Option<&'a [f32]>,
     scale: f32,
     out: Spread<'a, f32>,
@@ -54,38 +54,53 @@ impl Part<'_> {
         let mut out = unsafe { self.out.tile(share.tokens.clone(), width, share.rows.clone()) };
         let weights = Rows::of(self.weight, share.rows.start, share.rows.len());
         let x = x.rows_at(share.tokens.start, share.tokens.len());
-        if x.rows() <= GEMV_TOKENS {
-            isa.gemv(weights, &x, &mut out);
-        } else {
-            product_of_panels(isa, weights, &x, &mut out, scratch);
-        }
+        product(isa, weights, &x, &mut out, scratch.floats(panel_len(isa, self.weight)));
         let bias = self.bias.map(|bias| &bias[share.rows.clone()]);
         finish(&mut out, self.scale, bias);
     }
 }
 
-/// Many tokens: rows are unpacked by panels.
-fn product_of_panels(
+/// The product of some rows of a matrix: straight from its blocks for few tokens, else by panels,
+/// for which `panel` is room.
+pub(super) fn product(
     isa: &Isa,
     weights: Rows<'_>,
     x: &Acts<'_>,
     out: &mut Tile<'_>,
-    scratch: &mut Scratch,
+    panel: &mut [f32],
 ) {
+    if x.rows() <= GEMV_TOKENS {
+        isa.gemv(weights, x, out);
+        return;
+    }
     for first in (0..weights.len).step_by(PANEL_ROWS) {
         let rows = PANEL_ROWS.min(weights.len - first);
         let weights = weights.part(first, rows);
         let mut out = out.columns(first..first + rows);
         if weights.quant.is_blocks() {
-            let panel = scratch.floats(isa.panel_len(weights.quant, weights.cols));
             isa.panel(weights, panel);
             isa.gemm_i8(weights.quant, panel, x, &mut out);
         } else {
-            let floats = scratch.floats(rows * weights.cols);
+            let floats = &mut panel[..rows * weights.cols];
             isa.dequantize(weights, floats);
             isa.gemm_f32(floats, x, &mut out);
         }
     }
+}
+
+/// Floats of working memory that [`product`] wants for a panel, in whole cache lines.
+pub(super) fn panel_len(isa: &Isa, matrix: &Matrix) -> usize {
+    let len = if matrix.quant().is_blocks() {
+        isa.panel_len(matrix.quant(), matrix.cols())
+    } else {
+        PANEL_ROWS * matrix.cols()
+    };
+    len.next_multiple_of(16)
+}
+
+/// Bytes of weights in a share of a job that reads `bytes` of them for few tokens.
+pub(super) fn share_bytes(bytes: usize, threads: usize) -> usize {
+    (bytes / (threads * SHARES_A_THREAD)).clamp(SHARE_BYTES.start, SHARE_BYTES.end)
 }
 
 /// `out = out * scale + bias`.
@@ -108,8 +123,7 @@ pub(super) fn finish(out: &mut Tile<'_>, scale: f32, bias: Option<&[f32]>) {
 fn plan(parts: &[Part<'_>], tokens: usize, threads: usize, shares: &mut Vec<Share>) {
     shares.clear();
     let bytes: usize = parts.iter().map(|part| part.weight.bytes().len()).sum();
-    let wanted = bytes / (threads * SHARES_A_THREAD);
-    let share_bytes = wanted.clamp(SHARE_BYTES.start, SHARE_BYTES.end);
+    let share_bytes = share_bytes(bytes, threads);
     for (index, part) in parts.iter().enumerate() {
         let n_rows = part.weight.rows();
         let row_bytes = (part.weight.bytes().len() / n_rows.max(1)).max(1);
