@@ -63,15 +63,30 @@ ALWAYS_INLINE float sum_lanes(__m256 v)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* As v4_f32_of_e4m3, eight at a time. */
+ALWAYS_INLINE __m256 load_f8_e4m3(const void *w, size_t i, size_t n)
+{
+    uint64_t part = 0;
+    memcpy(&part, (const uint8_t *)w + i, n < LANES ? n : LANES);
+    const __m128i shifted = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)part)), 7);
+    const __m128i largest = _mm_set1_epi16(0x3f80);
+    const __m128i is_nan = _mm_cmpeq_epi16(_mm_and_si128(shifted, largest), largest);
+    const __m128i sign = _mm_and_si128(shifted, _mm_set1_epi16(0x4000));
+    const __m128i halves = _mm_add_epi16(shifted, sign);
+    const __m128i nan = _mm_and_si128(is_nan, _mm_set1_epi16(0x7e00));
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(halves, nan)), _mm256_set1_ps(0x1p8f));
+}
+
 typedef __m256 load_floats_fn(const void *w, size_t i, size_t n);
 
-enum { FLOAT_TOKENS = 2 };
+/* FLOAT_COLS columns of FLOAT_TOKENS tokens lie in the first cache beside their sums. */
+enum { FLOAT_TOKENS = 3, FLOAT_COLS = 512 };
 
-/* Four rows with n tokens: eight sums a pair, each over every eighth column, added up last. So
- * whatever the tile, a pair's sum is the same. */
-ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
-                              const struct v4_act *x, size_t first, int n, float *out,
-                              size_t out_stride)
+/* The first n_cols columns of four rows with the n tokens at x: eight sums a pair, each over every eighth
+ * column, added up last. So whatever the tile, a pair's sum is the same. */
+ALWAYS_INLINE void float_span(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
+                              const float *x, size_t x_stride, int n, size_t n_cols,
+                              __m256 sums[QUAD][FLOAT_TOKENS])
 {
     const char *rows[QUAD];
     __m256 acc[QUAD][FLOAT_TOKENS];
@@ -80,30 +95,54 @@ ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_by
         rows[r] = w + (r < n_rows ? r : n_rows - 1) * row_bytes;
         UNROLL
         for (int t = 0; t < n; t++) {
-            acc[r][t] = _mm256_setzero_ps();
+            acc[r][t] = sums[r][t];
         }
     }
-    for (size_t i = 0; i < x->cols; i += LANES) {
-        const size_t left = x->cols - i;
+    for (size_t i = 0; i < n_cols; i += LANES) {
         __m256 a[FLOAT_TOKENS];
         UNROLL
         for (int t = 0; t < n; t++) {
-            a[t] = load_f32(x->x + (first + (size_t)t) * x->cols, i, left);
+            a[t] = load_f32(x + (size_t)t * x_stride, i, n_cols - i);
         }
         UNROLL
         for (int r = 0; r < QUAD; r++) {
-            const __m256 weights = load(rows[r], i, left);
+            const __m256 weights = load(rows[r], i, n_cols - i);
             UNROLL
             for (int t = 0; t < n; t++) {
                 acc[r][t] = _mm256_fmadd_ps(weights, a[t], acc[r][t]);
             }
         }
     }
-    for (size_t r = 0; r < QUAD && r < n_rows; r++) {
+    UNROLL
+    for (size_t r = 0; r < QUAD; r++) {
+        UNROLL
         for (int t = 0; t < n; t++) {
-            out[(first + (size_t)t) * out_stride + r] = sum_lanes(acc[r][t]);
+            sums[r][t] = acc[r][t];
         }
     }
+}
+
+/* The sums of a tile, added up: out[t][r]. */
+ALWAYS_INLINE void float_store(__m256 sums[QUAD][FLOAT_TOKENS], size_t n_rows, int n, float *out,
+                               size_t out_stride)
+{
+    for (size_t r = 0; r < QUAD && r < n_rows; r++) {
+        for (int t = 0; t < n; t++) {
+            out[(size_t)t * out_stride + r] = sum_lanes(sums[r][t]);
+        }
+    }
+}
+
+/* Four rows with a few tokens, whole. */
+ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
+                              const struct v4_act *x, size_t first, int n, float *out,
+                              size_t out_stride)
+{
+    __m256 sums[QUAD][FLOAT_TOKENS];
+    memset(sums, 0, sizeof sums);
+    const float *from = x->x + first * x->cols;
+    float_span(load, w, row_bytes, n_rows, from, x->cols, n, x->cols, sums);
+    float_store(sums, n_rows, n, out + first * out_stride, out_stride);
 }
 
 ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row_bytes, size_t rows,
@@ -115,7 +154,7 @@ ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row
         for (; t + FLOAT_TOKENS <= x->n_tokens; t += FLOAT_TOKENS) {
             float_tile(load, from, row_bytes, rows - r, x, t, FLOAT_TOKENS, out + r, out_stride);
         }
-        if (t < x->n_tokens) {
+        for (; t < x->n_tokens; t++) {
             float_tile(load, from, row_bytes, rows - r, x, t, 1, out + r, out_stride);
         }
     }
@@ -136,11 +175,49 @@ ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row
 FLOAT_SLOTS(f32)
 FLOAT_SLOTS(f16)
 FLOAT_SLOTS(bf16)
+FLOAT_SLOTS(f8_e4m3)
+
+/* A few tokens with up to V4_PANEL_ROWS rows, some columns at a time: the tokens are read from
+ * memory once, and lie together in the first cache, which rows that are powers of two apart would
+ * drive them from. */
+ALWAYS_INLINE void float_panel(const float *w, size_t rows, const float *x, size_t cols, int n,
+                               float *out, size_t out_stride)
+{
+    __m256 sums[V4_PANEL_ROWS / QUAD][QUAD][FLOAT_TOKENS];
+    _Alignas(V4_ALIGN) float part[FLOAT_TOKENS * FLOAT_COLS];
+    memset(sums, 0, sizeof sums);
+    for (size_t from = 0; from < cols; from += FLOAT_COLS) {
+        const size_t n_cols = cols - from < FLOAT_COLS ? cols - from : FLOAT_COLS;
+        for (int t = 0; t < n; t++) {
+            memcpy(part + t * FLOAT_COLS, x + (size_t)t * cols + from, n_cols * sizeof *part);
+        }
+        for (size_t r = 0; r < rows; r += QUAD) {
+            const char *weights = (const char *)(w + r * cols + from);
+            float_span(load_f32, weights, cols * sizeof *w, rows - r, part, FLOAT_COLS, n, n_cols,
+                       sums[r / QUAD]);
+        }
+    }
+    for (size_t r = 0; r < rows; r += QUAD) {
+        float_store(sums[r / QUAD], rows - r, n, out + r, out_stride);
+    }
+}
 
 static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float *out,
                      size_t out_stride)
 {
-    float_product(load_f32, w, x->cols * sizeof *w, rows, x, out, out_stride);
+    for (size_t r = 0; r < rows; r += V4_PANEL_ROWS) {
+        const size_t n_rows = rows - r < V4_PANEL_ROWS ? rows - r : V4_PANEL_ROWS;
+        const float *from = w + r * x->cols;
+        size_t t = 0;
+        for (; t + FLOAT_TOKENS <= x->n_tokens; t += FLOAT_TOKENS) {
+            float_panel(from, n_rows, x->x + t * x->cols, x->cols, FLOAT_TOKENS,
+                        out + t * out_stride + r, out_stride);
+        }
+        for (; t < x->n_tokens; t++) {
+            float_panel(from, n_rows, x->x + t * x->cols, x->cols, 1, out + t * out_stride + r,
+                        out_stride);
+        }
+    }
 }
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -627,7 +704,8 @@ const struct v4_isa v4_isa_avx2 = {
 #undef V4_QUANT
     .dequant_row = {[V4_F32] = dequant_row_f32,
                     [V4_F16] = dequant_row_f16,
-                    [V4_BF16] = dequant_row_bf16},
+                    [V4_BF16] = dequant_row_bf16,
+                    [V4_F8_E4M3] = dequant_row_f8_e4m3},
     .panel_bytes = panel_bytes,
     .gemm_i8 = gemm_i8,
     .gemm_f32 = gemm_f32,

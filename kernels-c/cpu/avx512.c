@@ -681,15 +681,50 @@ ALWAYS_INLINE __m512 load_bf16(const void *w, size_t i, __mmask16 mask)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+/* As v4_f32_of_e4m3, sixteen at a time. */
+ALWAYS_INLINE __m512 load_f8_e4m3(const void *w, size_t i, __mmask16 mask)
+{
+    const __m128i codes = _mm_maskz_loadu_epi8(mask, (const uint8_t *)w + i);
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 7);
+    const __m256i sign = _mm256_and_si256(shifted, _mm256_set1_epi16(0x4000));
+    const __m512 halves = _mm512_cvtph_ps(_mm256_add_epi16(shifted, sign));
+    const __m128i largest = _mm_set1_epi8(0x7f);
+    const __mmask16 is_nan = _mm_cmpeq_epi8_mask(_mm_and_si128(codes, largest), largest);
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+    return _mm512_mask_or_ps(_mm512_mul_ps(halves, _mm512_set1_ps(0x1p8f)), is_nan, halves, nan);
+}
+
 typedef __m512 load_floats_fn(const void *w, size_t i, __mmask16 mask);
 
-enum { FLOAT_ROWS = 4, FLOAT_TOKENS = 6 };
+/* FLOAT_COLS columns of FLOAT_TOKENS tokens lie in the first cache beside their sums. */
+enum { FLOAT_ROWS = 4, FLOAT_TOKENS = 6, FLOAT_COLS = 512 };
 
-/* A few rows with a few tokens: sixteen sums a pair, each over every sixteenth column, added up
- * last. So whatever the tile, a pair's sum is the same. */
-ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
-                              const struct v4_act *x, size_t first, int n, float *out,
-                              size_t out_stride)
+/* Sixteen columns from i of a few rows with the n tokens at x. */
+ALWAYS_INLINE void float_step(load_floats_fn *load, const char *const rows[FLOAT_ROWS],
+                              const float *x, size_t x_stride, int n, size_t i, __mmask16 mask,
+                              __m512 acc[FLOAT_ROWS][FLOAT_TOKENS])
+{
+    __m512 a[FLOAT_TOKENS];
+    UNROLL
+    for (int t = 0; t < n; t++) {
+        a[t] = _mm512_maskz_loadu_ps(mask, x + (size_t)t * x_stride + i);
+    }
+    UNROLL
+    for (int r = 0; r < FLOAT_ROWS; r++) {
+        const __m512 weights = load(rows[r], i, mask);
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            acc[r][t] = _mm512_fmadd_ps(weights, a[t], acc[r][t]);
+        }
+    }
+}
+
+/* The first n_cols columns of n_rows rows with the n tokens at x: sixteen sums a pair, each over
+ * every sixteenth column, added up last. So whatever the tile, a pair's sum is the same. A load
+ * under a mask takes a turn of the ports that multiply, so that only the last has one. */
+ALWAYS_INLINE void float_span(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
+                              const float *x, size_t x_stride, int n, size_t n_cols,
+                              __m512 sums[FLOAT_ROWS][FLOAT_TOKENS])
 {
     const char *rows[FLOAT_ROWS];
     __m512 acc[FLOAT_ROWS][FLOAT_TOKENS];
@@ -698,32 +733,59 @@ ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_by
         rows[r] = w + (r < n_rows ? r : n_rows - 1) * row_bytes;
         UNROLL
         for (int t = 0; t < n; t++) {
-            acc[r][t] = _mm512_setzero_ps();
+            acc[r][t] = sums[r][t];
         }
     }
-    for (size_t i = 0; i < x->cols; i += LANES) {
-        const __mmask16 mask = first_lanes(x->cols - i);
-        __m512 a[FLOAT_TOKENS];
-        UNROLL
-        for (int t = 0; t < n; t++) {
-            a[t] = _mm512_maskz_loadu_ps(mask, x->x + (first + (size_t)t) * x->cols + i);
-        }
-        UNROLL
-        for (int r = 0; r < FLOAT_ROWS; r++) {
-            const __m512 weights = load(rows[r], i, mask);
-            UNROLL
-            for (int t = 0; t < n; t++) {
-                acc[r][t] = _mm512_fmadd_ps(weights, a[t], acc[r][t]);
-            }
-        }
+    size_t i = 0;
+    for (; i + LANES <= n_cols; i += LANES) {
+        float_step(load, rows, x, x_stride, n, i, 0xffff, acc);
+    }
+    if (i < n_cols) {
+        float_step(load, rows, x, x_stride, n, i, first_lanes(n_cols - i), acc);
     }
     UNROLL
-    for (size_t r = 0; r < FLOAT_ROWS && r < n_rows; r++) {
+    for (size_t r = 0; r < FLOAT_ROWS; r++) {
         UNROLL
         for (int t = 0; t < n; t++) {
-            out[(first + (size_t)t) * out_stride + r] = _mm512_reduce_add_ps(acc[r][t]);
+            sums[r][t] = acc[r][t];
         }
     }
+}
+
+/* The sums over the lanes of four vectors. */
+ALWAYS_INLINE __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
+/* The sums of a tile, added up: out[t][r]. */
+ALWAYS_INLINE void float_store(__m512 sums[FLOAT_ROWS][FLOAT_TOKENS], size_t n_rows, int n,
+                               float *out, size_t out_stride)
+{
+    const __mmask8 rows = (__mmask8)(n_rows < FLOAT_ROWS ? (1 << n_rows) - 1 : 15);
+    UNROLL
+    for (int t = 0; t < n; t++) {
+        const __m128 all = sum_lanes(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
+        _mm_mask_storeu_ps(out + (size_t)t * out_stride, rows, all);
+    }
+}
+
+/* A few rows with a few tokens, whole. */
+ALWAYS_INLINE void float_tile(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
+                              const struct v4_act *x, size_t first, int n, float *out,
+                              size_t out_stride)
+{
+    __m512 sums[FLOAT_ROWS][FLOAT_TOKENS];
+    memset(sums, 0, sizeof sums);
+    const float *from = x->x + first * x->cols;
+    float_span(load, w, row_bytes, n_rows, from, x->cols, n, x->cols, sums);
+    float_store(sums, n_rows, n, out + first * out_stride, out_stride);
 }
 
 ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row_bytes, size_t rows,
@@ -761,11 +823,58 @@ ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row
 FLOAT_SLOTS(f32)
 FLOAT_SLOTS(f16)
 FLOAT_SLOTS(bf16)
+FLOAT_SLOTS(f8_e4m3)
+
+/* A few tokens with up to V4_PANEL_ROWS rows, some columns at a time, so that tokens lie in the first
+ * cache. What `ahead` of the tokens at x follows is brought nearer meanwhile: rows of a panel are too
+ * few to hide a third cache. */
+ALWAYS_INLINE void float_panel(const float *w, size_t rows, const float *x, size_t ahead,
+                               size_t cols, int n, float *out, size_t out_stride)
+{
+    enum { LINE = V4_ALIGN / sizeof(float) };
+    __m512 sums[V4_PANEL_ROWS / FLOAT_ROWS][FLOAT_ROWS][FLOAT_TOKENS];
+    _Alignas(V4_ALIGN) float part[FLOAT_TOKENS * FLOAT_COLS];
+    memset(sums, 0, sizeof sums);
+    for (size_t from = 0; from < cols; from += FLOAT_COLS) {
+        const size_t n_cols = cols - from < FLOAT_COLS ? cols - from : FLOAT_COLS;
+        for (int t = 0; t < n; t++) {
+            memcpy(part + t * FLOAT_COLS, x + (size_t)t * cols + from, n_cols * sizeof *part);
+        }
+        for (size_t r = 0; r < rows; r += FLOAT_ROWS) {
+            const size_t share = FLOAT_COLS * FLOAT_ROWS / V4_PANEL_ROWS;
+            for (size_t t = 0; t < ahead; t++) {
+                const float *next = x + (size_t)(n + (int)t) * cols + from + r / FLOAT_ROWS * share;
+                for (size_t i = 0; i < share; i += LINE) {
+                    _mm_prefetch((const char *)(next + i), _MM_HINT_T1);
+                }
+            }
+            const char *weights = (const char *)(w + r * cols + from);
+            float_span(load_f32, weights, cols * sizeof *w, rows - r, part, FLOAT_COLS, n, n_cols,
+                       sums[r / FLOAT_ROWS]);
+        }
+    }
+    for (size_t r = 0; r < rows; r += FLOAT_ROWS) {
+        float_store(sums[r / FLOAT_ROWS], rows - r, n, out + r, out_stride);
+    }
+}
 
 static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float *out,
                      size_t out_stride)
 {
-    float_product(load_f32, w, x->cols * sizeof *w, rows, x, out, out_stride);
+    for (size_t r = 0; r < rows; r += V4_PANEL_ROWS) {
+        const size_t n_rows = rows - r < V4_PANEL_ROWS ? rows - r : V4_PANEL_ROWS;
+        const float *from = w + r * x->cols;
+        size_t t = 0;
+        for (; t + FLOAT_TOKENS <= x->n_tokens; t += FLOAT_TOKENS) {
+            const size_t left = x->n_tokens - t - FLOAT_TOKENS;
+            float_panel(from, n_rows, x->x + t * x->cols, left < FLOAT_TOKENS ? left : FLOAT_TOKENS,
+                        x->cols, FLOAT_TOKENS, out + t * out_stride + r, out_stride);
+        }
+        for (; t < x->n_tokens; t++) {
+            float_panel(from, n_rows, x->x + t * x->cols, 0, x->cols, 1, out + t * out_stride + r,
+                        out_stride);
+        }
+    }
 }
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -981,14 +1090,16 @@ const struct v4_isa v4_isa_avx512 = {
 #define SLOT(NAME, name, ...) [V4_##NAME] = gemv_##name,
     .gemv = {FAST_FORMATS(SLOT) SLOW_FORMATS(SLOT)[V4_F32] = gemv_f32,
              [V4_F16] = gemv_f16,
-             [V4_BF16] = gemv_bf16},
+             [V4_BF16] = gemv_bf16,
+             [V4_F8_E4M3] = gemv_f8_e4m3},
 #undef SLOT
 #define SLOT(NAME, name, ...) [V4_##NAME] = panel_##name,
     .panel = {FAST_FORMATS(SLOT) SLOW_FORMATS(SLOT)},
 #undef SLOT
     .dequant_row = {[V4_F32] = dequant_row_f32,
                     [V4_F16] = dequant_row_f16,
-                    [V4_BF16] = dequant_row_bf16},
+                    [V4_BF16] = dequant_row_bf16,
+                    [V4_F8_E4M3] = dequant_row_f8_e4m3},
     .panel_bytes = panel_bytes,
     .gemm_i8 = gemm_i8,
     .gemm_f32 = gemm_f32,

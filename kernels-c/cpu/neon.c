@@ -325,6 +325,20 @@ ALWAYS_INLINE float32x4_t load_bf16(const void *w, size_t i, size_t n)
     return vreinterpretq_f32_u32(vshll_n_u16(load_16(w, i, n), 16));
 }
 
+/* As v4_f32_of_e4m3, four at a time. */
+ALWAYS_INLINE float32x4_t load_f8_e4m3(const void *w, size_t i, size_t n)
+{
+    uint32_t part = 0;
+    memcpy(&part, (const uint8_t *)w + i, n < LANES ? n : LANES);
+    const uint8x8_t codes = vcreate_u8(part);
+    const uint16x4_t shifted = vget_low_u16(vshll_n_u8(codes, 7));
+    const uint16x4_t largest = vdup_n_u16(0x3f80);
+    const uint16x4_t is_nan = vceq_u16(vand_u16(shifted, largest), largest);
+    const uint16x4_t halves = vadd_u16(shifted, vand_u16(shifted, vdup_n_u16(0x4000)));
+    const uint16x4_t nan = vand_u16(is_nan, vdup_n_u16(0x7e00));
+    return vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(halves, nan))), 0x1p8f);
+}
+
 ALWAYS_INLINE void store_f32(float *out, float32x4_t v, size_t n)
 {
     if (n >= LANES) {
@@ -407,6 +421,7 @@ ALWAYS_INLINE void float_product(load_floats_fn *load, const void *w, size_t row
 FLOAT_SLOTS(f32)
 FLOAT_SLOTS(f16)
 FLOAT_SLOTS(bf16)
+FLOAT_SLOTS(f8_e4m3)
 
 static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float *out,
                      size_t out_stride)
@@ -576,7 +591,8 @@ const struct v4_isa v4_isa_neon = {
 #undef V4_QUANT
     .dequant_row = {[V4_F32] = dequant_row_f32,
                     [V4_F16] = dequant_row_f16,
-                    [V4_BF16] = dequant_row_bf16},
+                    [V4_BF16] = dequant_row_bf16,
+                    [V4_F8_E4M3] = dequant_row_f8_e4m3},
     .panel_bytes = panel_bytes,
     .gemm_i8 = gemm_i8,
     .gemm_f32 = gemm_f32,

@@ -1,10 +1,11 @@
-/* The weight formats of GGUF, one line each. Everything else derives from this list: the enum and
+/* The weight formats, one line each. Everything else derives from this list: the enum and
  * the tables of function pointers in v4.h, the plain kernels in portable.c, `Quant` in Rust.
  *
  * To add a format: write <name>.h beside this file, include it in blocks.h, add its line here.
  *
  *   NAME, name   as in V4_Q4_0 and v4_q4_0_decode_f32
- *   number       ggml's type number in a GGUF file
+ *   number       ggml's type number in a GGUF file; from V4_OWN_QUANTS on, ours for a format that
+ *                GGUF does not have
  *   len, bytes   weights and bytes of a block
  *   group        weights that share a scale in decode_i8: 16 or 32; 0 for plain floats, which have
  *                no decode_i8
@@ -17,7 +18,8 @@
 #define V4_FLOATS(V4_QUANT)                              \
     V4_QUANT(F32,     f32,      0,   1,   4,  0, 0)      \
     V4_QUANT(F16,     f16,      1,   1,   2,  0, 0)      \
-    V4_QUANT(BF16,    bf16,    30,   1,   2,  0, 0)
+    V4_QUANT(BF16,    bf16,    30,   1,   2,  0, 0)      \
+    V4_QUANT(F8_E4M3, f8_e4m3, 60,   1,   1,  0, 0)
 
 #define V4_BLOCKS(V4_QUANT)                              \
     V4_QUANT(Q4_0,    q4_0,     2,  32,  18, 32, 0)      \
@@ -46,7 +48,9 @@
 
 #define V4_QUANTS(V4_QUANT) V4_FLOATS(V4_QUANT) V4_BLOCKS(V4_QUANT)
 
+/* Numbers that no GGUF file may use. */
+#define V4_OWN_QUANTS 60
 /* One past the largest number of the list: the length of a table indexed by format. */
-#define V4_N_QUANTS 41
+#define V4_N_QUANTS 61
 
 #endif

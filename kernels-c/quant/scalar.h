@@ -79,6 +79,16 @@ V4_INLINE float v4_f32_of_bf16(uint16_t b)
     return v4_float_of_bits((uint32_t)b << 16);
 }
 
+/* 1 sign, 4 exponent, 3 mantissa bits; no infinity, one NaN a sign (OCP 8-bit floating point, 2023,
+ * table 1). Exact: the bits are a half's but for an exponent that is less by 8. */
+V4_INLINE float v4_f32_of_e4m3(uint8_t b)
+{
+    const uint16_t sign = (uint16_t)((b & 0x80) << 8);
+    const uint16_t rest = b & 0x7f;
+    return rest == 0x7f ? v4_f32_of_f16(sign | 0x7e00)
+                        : v4_f32_of_f16((uint16_t)(sign | rest << 7)) * 0x1p8f;
+}
+
 V4_INLINE float v4_load_f16(const uint8_t *p)
 {
     return v4_f32_of_f16(v4_load_u16(p));

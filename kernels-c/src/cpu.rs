@@ -6,22 +6,26 @@ mod cache;
 #[cfg(test)]
 mod conformance;
 mod experts;
+mod gated;
+mod input;
 mod isa;
 mod linear;
 mod memory;
 mod rotation;
 
 use crate::device::{
-    Activation, Attention, Buffer, Device, DeviceError, Experts, KvCache, KvShape, Linear, Matrix,
-    Result, Rope, Router, Routing, Span,
+    Activations, Attention, Buffer, Device, DeviceError, Experts, GateUp, Input, KvCache, KvShape,
+    Linear, Matrix, Result, RmsNorm, Rope, Router, Routing, Span,
 };
 use crate::pool::Pool;
+use crate::quant::Quant;
 use isa::{Isa, Rows};
 use memory::Spread;
 
 /// Query heads that may share a KV head: the most of [`Attention::n_heads`] over
 /// [`KvShape::n_kv_heads`].
 pub use attention::QUERY_ROWS as MAX_QUERY_GROUP;
+pub use input::HostActivations;
 pub use memory::{HostBuffer, HostKv};
 
 /// Floats of a share of the cheap operations: some microseconds, beneath which a thread is not
@@ -35,6 +39,9 @@ pub struct CpuOptions {
     pub threads: usize,
     /// An instruction set of [`isas`]; the best one when absent.
     pub isa: Option<String>,
+    /// Whether products with blocks read activations as floats, not as eight bits: several times
+    /// slower, and exact in both factors.
+    pub is_exact: bool,
 }
 
 /// The instruction sets that this processor has and this build knows, best last.
@@ -47,8 +54,9 @@ pub fn isas() -> Vec<&'static str> {
 pub struct Cpu {
     isa: Isa,
     pool: Pool,
-    quantized: linear::Quantized,
+    inputs: input::Inputs,
     shares: linear::Shares,
+    gated_shares: gated::Shares,
     mixture: experts::Mixture,
     plan: attention::Plan,
     angles: rotation::Angles,
@@ -61,7 +69,7 @@ impl Cpu {
     /// [`DeviceError::Unavailable`] for an instruction set that is not there, or when the system
     /// gives no threads.
     pub fn open(options: &CpuOptions) -> Result<Self> {
-        let isa = Isa::open(options.isa.as_deref())?;
+        let isa = Isa::open(options.isa.as_deref(), options.is_exact)?;
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if options.threads == 0 { cores() } else { options.threads };
         let pool = Pool::new(threads).map_err(|error| DeviceError::Unavailable {
@@ -71,8 +79,9 @@ impl Cpu {
         Ok(Self {
             isa,
             pool,
-            quantized: linear::Quantized::default(),
+            inputs: input::Inputs::default(),
             shares: linear::Shares::default(),
+            gated_shares: gated::Shares::default(),
             mixture: experts::Mixture::default(),
             plan: attention::Plan::default(),
             angles: rotation::Angles::default(),
@@ -91,7 +100,8 @@ impl Cpu {
 
 impl Device for Cpu {
     fn describe(&self) -> String {
-        format!("cpu ({}, {} threads)", self.isa.name(), self.pool.threads())
+        let exact = if self.isa.takes_whole(Quant::Q8_0) { "" } else { ", exact" };
+        format!("cpu ({}, {} threads{exact})", self.isa.name(), self.pool.threads())
     }
 
     fn buffer(&self, len: usize) -> Result<Buffer> {
@@ -132,47 +142,36 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn rms_norm(
-        &mut self,
-        x: &Buffer,
-        rows: usize,
-        weight: &Buffer,
-        eps: f32,
-        out: &mut Buffer,
-    ) -> Result {
-        let (Buffer::Host(x), Buffer::Host(weight), Buffer::Host(out)) = (x, weight, out);
+    fn rms_norm(&mut self, norm: &RmsNorm, x: &Buffer, rows: usize, out: &mut Buffer) -> Result {
+        let RmsNorm { weight: Buffer::Host(weight), eps } = norm;
+        let (Buffer::Host(x), Buffer::Host(out)) = (x, out);
         let (x, weight, n) = (x.floats(), weight.floats(), weight.len());
         let out = Spread::new(&mut out.floats_mut()[..rows * n]);
         self.spread(rows * n, n, &|isa, from, to| {
             // SAFETY: shares are disjoint.
             let out = unsafe { out.part(from..to) };
             for (x, out) in x[from..to].chunks_exact(n).zip(out.chunks_exact_mut(n)) {
-                isa.rms_norm(x, weight, eps, out);
+                isa.rms_norm(x, weight, *eps, out);
             }
         });
         Ok(())
     }
 
-    fn rms_norm_inplace(
-        &mut self,
-        x: &mut Buffer,
-        rows: usize,
-        weight: &Buffer,
-        eps: f32,
-    ) -> Result {
-        let (Buffer::Host(x), Buffer::Host(weight)) = (x, weight);
+    fn rms_norm_inplace(&mut self, norm: &RmsNorm, x: &mut Buffer, rows: usize) -> Result {
+        let RmsNorm { weight: Buffer::Host(weight), eps } = norm;
+        let Buffer::Host(x) = x;
         let (weight, n) = (weight.floats(), weight.len());
         let x = Spread::new(&mut x.floats_mut()[..rows * n]);
         self.spread(rows * n, n, &|isa, from, to| {
             // SAFETY: shares are disjoint.
             let x = unsafe { x.part(from..to) };
-            x.chunks_exact_mut(n).for_each(|x| isa.rms_norm_inplace(x, weight, eps));
+            x.chunks_exact_mut(n).for_each(|x| isa.rms_norm_inplace(x, weight, *eps));
         });
         Ok(())
     }
 
-    fn linear(&mut self, x: &Buffer, rows: usize, parts: &mut [Linear<'_>]) -> Result {
-        self.products(x, rows, parts);
+    fn linear(&mut self, input: Input<'_>, rows: usize, parts: &mut [Linear<'_>]) -> Result {
+        self.products(input, rows, parts);
         Ok(())
     }
 
@@ -186,19 +185,14 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn gated(
+    fn gate_up(
         &mut self,
-        activation: Activation,
-        gate: &mut Buffer,
-        up: &Buffer,
-        len: usize,
+        input: Input<'_>,
+        rows: usize,
+        weights: &GateUp<'_>,
+        out: &mut Activations,
     ) -> Result {
-        let (Buffer::Host(gate), Buffer::Host(up)) = (gate, up);
-        let (gate, up) = (Spread::new(&mut gate.floats_mut()[..len]), &up.floats()[..len]);
-        self.spread(len, 16, &|isa, from, to| {
-            // SAFETY: shares are disjoint.
-            isa.gated(activation, unsafe { gate.part(from..to) }, &up[from..to]);
-        });
+        self.gate_and_up(input, rows, weights, out);
         Ok(())
     }
 

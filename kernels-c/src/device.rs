@@ -5,6 +5,8 @@
 //! are written in these operations once; [`crate::Cpu`] implements them, a GPU will. Wrong shapes
 //! are our own mistake and panic; what a device may fail at is a [`DeviceError`].
 
+use std::sync::Arc;
+
 use crate::{Bytes, Quant, ffi};
 
 /// Values of [`KvType::Q8_0`] that share a scale.
@@ -41,6 +43,35 @@ pub struct Matrix {
     rows: usize,
     cols: usize,
     bytes: Bytes,
+    tiles: Option<Tiles>,
+}
+
+/// Scales that belong to tiles of a matrix, as FP8 has them: the weight at (r, c) is multiplied by
+/// the scale of tile (r / height, c / width).
+#[derive(Debug, Clone)]
+pub struct Tiles {
+    height: usize,
+    width: usize,
+    /// `[tile rows, tile columns]`.
+    scales: Arc<[f32]>,
+}
+
+impl Tiles {
+    /// Rows of a tile.
+    pub(crate) fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Multiplies each column by the scale that it has in row `row`.
+    pub(crate) fn scale(&self, row: usize, x: &mut [f32]) {
+        let n_tiles = x.len().div_ceil(self.width);
+        let scales = &self.scales[row / self.height * n_tiles..][..n_tiles];
+        for (scale, x) in scales.iter().zip(x.chunks_mut(self.width)) {
+            for x in x {
+                *x *= scale;
+            }
+        }
+    }
 }
 
 impl Matrix {
@@ -48,7 +79,17 @@ impl Matrix {
     /// `quant`.
     pub fn new(quant: Quant, rows: usize, cols: usize, bytes: Bytes) -> Option<Self> {
         let expected = quant.row_bytes(cols)?.checked_mul(rows)?;
-        (bytes.len() == expected).then_some(Self { quant, rows, cols, bytes })
+        (bytes.len() == expected).then_some(Self { quant, rows, cols, bytes, tiles: None })
+    }
+
+    /// The same weights with a scale for each tile of `[height, width]` of them, `scales` being
+    /// `[tile rows, tile columns]`; `None` unless there is one for each, and for weights that are
+    /// blocks.
+    pub fn with_tiles(self, [height, width]: [usize; 2], scales: Vec<f32>) -> Option<Self> {
+        let is_usable = height > 0 && width > 0 && !self.quant.is_blocks();
+        let n = is_usable.then(|| self.rows.div_ceil(height) * self.cols.div_ceil(width))?;
+        let tiles = Tiles { height, width, scales: scales.into() };
+        (tiles.scales.len() == n).then_some(Self { tiles: Some(tiles), ..self })
     }
 
     /// The block format.
@@ -69,6 +110,11 @@ impl Matrix {
     /// The blocks.
     pub fn bytes(&self) -> &Bytes {
         &self.bytes
+    }
+
+    /// The scales of its tiles, where it has any.
+    pub(crate) fn tiles(&self) -> Option<&Tiles> {
+        self.tiles.as_ref()
     }
 }
 
@@ -175,17 +221,65 @@ pub struct KvCache {
     pub(crate) data: crate::cpu::HostKv,
 }
 
-/// One product of an input: `out = x W^T + bias`.
+/// A root mean square norm (Zhang and Sennrich 2019): `x / sqrt(mean(x^2) + eps) * weight` for each
+/// row as wide as the weight.
 #[derive(Debug)]
-pub struct Linear<'a> {
+pub struct RmsNorm {
+    /// `[width]`.
+    pub weight: Buffer,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What products read: a row a token.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// Floats `[rows, width]`.
+    Plain(&'a Buffer),
+    /// What the norm makes of them.
+    Normed(&'a Buffer, &'a RmsNorm),
+    /// What [`Device::gate_up`] made.
+    Ready(&'a Activations),
+}
+
+/// Rows that only products read, in the form that they read it: floats, or whole numbers with
+/// scales.
+#[derive(Debug, Default)]
+pub struct Activations(pub(crate) crate::cpu::HostActivations);
+
+/// A weight with what belongs to it: `x W^T * scale + bias`.
+#[derive(Debug, Clone, Copy)]
+pub struct Weight<'a> {
     /// `[out width, in width]`.
-    pub weight: &'a Matrix,
+    pub matrix: &'a Matrix,
     /// `[out width]`.
     pub bias: Option<&'a Buffer>,
-    /// Multiplies the product before the bias; 1 but for formats with a scale a tensor (NVFP4).
+    /// Of a whole tensor, as NVFP4 may have one; else 1.
     pub scale: f32,
+}
+
+/// One product of an input.
+#[derive(Debug)]
+pub struct Linear<'a> {
+    /// With what.
+    pub weight: Weight<'a>,
     /// `[rows, out width]`.
     pub out: &'a mut Buffer,
+    /// Whether the product is added to what is in `out`, or takes its place.
+    pub is_added: bool,
+}
+
+/// The first half of a gated feed-forward: `activation(gate(x)) * up(x)`.
+#[derive(Debug, Clone, Copy)]
+pub struct GateUp<'a> {
+    /// `[feed forward, in width]`.
+    pub gate: Weight<'a>,
+    /// `[feed forward, in width]`.
+    pub up: Weight<'a>,
+    /// Of the gate.
+    pub activation: Activation,
+    /// The matrix whose product reads the result: its format decides what that is made of.
+    pub reader: &'a Matrix,
 }
 
 /// The function of a gated feed-forward.
@@ -333,40 +427,25 @@ pub trait Device: Send {
     /// `out[i] = scale * table[ids[i]]`, `[ids, table.cols]`. Ids are below `table.rows`.
     fn embed(&mut self, table: &Matrix, ids: &[u32], scale: f32, out: &mut Buffer) -> Result;
 
-    /// Root mean square norm of `rows` rows of `weight.len()` values each (a row may be a token or
-    /// a head): `out = x / sqrt(mean(x^2) + eps) * weight`.
-    fn rms_norm(
-        &mut self,
-        x: &Buffer,
-        rows: usize,
-        weight: &Buffer,
-        eps: f32,
-        out: &mut Buffer,
-    ) -> Result;
+    /// The norm of `rows` rows, each a token or a head.
+    fn rms_norm(&mut self, norm: &RmsNorm, x: &Buffer, rows: usize, out: &mut Buffer) -> Result;
 
     /// [`Device::rms_norm`] in place.
-    fn rms_norm_inplace(
-        &mut self,
-        x: &mut Buffer,
-        rows: usize,
-        weight: &Buffer,
-        eps: f32,
-    ) -> Result;
+    fn rms_norm_inplace(&mut self, norm: &RmsNorm, x: &mut Buffer, rows: usize) -> Result;
 
-    /// Several products of one input of `rows` rows: query, key and value, or gate and up, read `x`
-    /// once.
-    fn linear(&mut self, x: &Buffer, rows: usize, parts: &mut [Linear<'_>]) -> Result;
+    /// Several products of one input of `rows` rows: query, key and value read it once.
+    fn linear(&mut self, input: Input<'_>, rows: usize, parts: &mut [Linear<'_>]) -> Result;
 
     /// `x[..len] += y[..len]`.
     fn add(&mut self, x: &mut Buffer, y: &Buffer, len: usize) -> Result;
 
-    /// `gate[..len] = activation(gate[..len]) * up[..len]`.
-    fn gated(
+    /// `activation(gate(input)) * up(input)` of `rows` rows, ready for the product that follows.
+    fn gate_up(
         &mut self,
-        activation: Activation,
-        gate: &mut Buffer,
-        up: &Buffer,
-        len: usize,
+        input: Input<'_>,
+        rows: usize,
+        weights: &GateUp<'_>,
+        out: &mut Activations,
     ) -> Result;
 
     /// Chooses each row's experts: those of its `n_used` largest logits, `logits` being

@@ -2,7 +2,8 @@
 // Made from include/v4.h by `cargo xtask bindings`; not to be edited.
 #![allow(missing_docs, dead_code, non_camel_case_types)]
 #![allow(clippy::all, clippy::pedantic)]
-pub const V4_N_QUANTS : u32 = 41 ;
+pub const V4_OWN_QUANTS : u32 = 60 ;
+pub const V4_N_QUANTS : u32 = 61 ;
 pub const V4_ABI_VERSION : u32 = 1 ;
 pub const V4_ALIGN : u32 = 64 ;
 pub const V4_ACT_GROUP : u32 = 32 ;
@@ -17,6 +18,7 @@ impl Quant {
     pub const F32 : Quant = Quant (0) ;
     pub const F16 : Quant = Quant (1) ;
     pub const BF16 : Quant = Quant (30) ;
+    pub const F8_E4M3 : Quant = Quant (60) ;
     pub const Q4_0 : Quant = Quant (2) ;
     pub const Q4_1 : Quant = Quant (3) ;
     pub const Q5_0 : Quant = Quant (6) ;
@@ -87,9 +89,9 @@ pub type v4_attn_scores_fn = :: core :: option :: Option < unsafe extern "C" fn 
 pub type v4_attn_values_fn = :: core :: option :: Option < unsafe extern "C" fn (p : * const f32 , n_q : usize , p_stride : usize , v : * const :: core :: ffi :: c_void , n_kv : usize , head_dim : usize , out : * mut f32 , next : * const :: core :: ffi :: c_void) > ;
 # [repr (C)] # [derive (Debug , Copy , Clone)] pub struct v4_isa {
     pub name : * const :: core :: ffi :: c_char ,
-    pub dequant_row : [v4_dequant_row_fn ; 41usize] ,
-    pub gemv : [v4_gemv_fn ; 41usize] ,
-    pub panel : [v4_panel_fn ; 41usize] ,
+    pub dequant_row : [v4_dequant_row_fn ; 61usize] ,
+    pub gemv : [v4_gemv_fn ; 61usize] ,
+    pub panel : [v4_panel_fn ; 61usize] ,
     pub panel_bytes : :: core :: option :: Option < unsafe extern "C" fn (quant : u32 , cols : usize) -> usize > ,
     pub gemm_i8 : :: core :: option :: Option < unsafe extern "C" fn (quant : u32 , panel : * const :: core :: ffi :: c_void , rows : usize , x : * const v4_act , out : * mut f32 , out_stride : usize) > ,
     pub gemm_f32 : :: core :: option :: Option < unsafe extern "C" fn (w : * const f32 , rows : usize , x : * const v4_act , out : * mut f32 , out_stride : usize) > ,

@@ -20,8 +20,9 @@ pub mod quant;
 
 pub use cpu::{Cpu, MAX_QUERY_GROUP};
 pub use device::{
-    Activation, Attention, Buffer, Device, DeviceError, ExpertWeights, Experts, KvCache, KvShape,
-    KvType, Linear, Matrix, Rope, RopeKind, Router, Routing, Span,
+    Activation, Activations, Attention, Buffer, Device, DeviceError, ExpertWeights, Experts,
+    GateUp, Input, KvCache, KvShape, KvType, Linear, Matrix, RmsNorm, Rope, RopeKind, Router,
+    Routing, Span, Weight,
 };
 pub use map::{Bytes, Map};
 pub use quant::Quant;

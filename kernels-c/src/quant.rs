@@ -9,11 +9,16 @@ pub use crate::ffi::Quant;
 impl Quant {
     /// Every format of the list, by rising number.
     pub fn all() -> impl Iterator<Item = Quant> {
-        (0..ffi::V4_N_QUANTS).filter_map(Quant::from_gguf)
+        (0..ffi::V4_N_QUANTS).filter_map(Quant::of_number)
     }
 
     /// The format with this type number in a GGUF file.
     pub fn from_gguf(number: u32) -> Option<Quant> {
+        Quant::of_number(number).filter(|_| number < ffi::V4_OWN_QUANTS)
+    }
+
+    /// The format with this number in the list.
+    fn of_number(number: u32) -> Option<Quant> {
         // SAFETY: any number may be asked for.
         let known = unsafe { !ffi::v4_quant_describe(number).is_null() };
         known.then_some(Quant(number))
@@ -30,8 +35,8 @@ impl Quant {
         unsafe { ffi::v4_quant_describe(self.0).as_ref() }.expect("a Quant is of the list")
     }
 
-    /// Its type number in a GGUF file.
-    pub fn gguf_number(self) -> u32 {
+    /// Its number in the list: its type number in a GGUF file, where that has it.
+    pub fn number(self) -> u32 {
         self.0
     }
 
@@ -133,9 +138,10 @@ mod tests {
 
     #[test]
     fn the_list_answers_by_number_and_by_name() {
-        assert_eq!(Quant::all().count(), 26);
+        assert_eq!(Quant::all().count(), 27);
         for quant in Quant::all() {
-            assert_eq!(Quant::from_gguf(quant.gguf_number()), Some(quant));
+            let is_own = quant == Quant::F8_E4M3;
+            assert_eq!(Quant::from_gguf(quant.number()), (!is_own).then_some(quant));
             assert_eq!(Quant::from_name(quant.name()), Some(quant));
         }
         assert_eq!(Quant::Q4_K.to_string(), "Q4_K");
@@ -159,7 +165,9 @@ mod tests {
         let golden = golden();
         let known = golden.header().0.matches(".raw\":").count();
         let mut seen = 0;
-        for quant in Quant::all().filter(|&quant| quant != Quant::F32) {
+        // Those without a reference have tests of their own, below.
+        let others = [Quant::F32, Quant::F8_E4M3];
+        for quant in Quant::all().filter(|quant| !others.contains(quant)) {
             let raw = golden.get(&format!("{quant}.raw")).expect("every format has a reference");
             let wanted = floats(golden.get(&format!("{quant}.f32")).unwrap());
             // Copied, so that a sanitizer sees a read beyond the blocks.
@@ -198,6 +206,29 @@ mod tests {
             for (i, got) in decoded(Quant::MXFP4, &block).into_iter().enumerate() {
                 let code = u8::try_from(if i < 16 { i } else { 31 - i }).unwrap();
                 assert_eq!(got, (e2m1(code) * scale) as f32, "scale {e}, code {code}");
+            }
+        }
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, clippy::float_cmp, reason = "the values are exact")]
+    fn e4m3_is_right_for_every_code_on_every_isa() {
+        let codes: Vec<u8> = (0..=255).collect();
+        for (name, isa) in isas() {
+            let mut got = [0.0; 256];
+            let dequant_row = isa.dequant_row[Quant::F8_E4M3.number() as usize].unwrap();
+            // SAFETY: there are 256 codes, and room for as many values.
+            unsafe { dequant_row(codes.as_ptr().cast(), 256, got.as_mut_ptr()) };
+            for (code, got) in codes.iter().zip(got) {
+                let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7));
+                let size = match exponent {
+                    0 => mantissa / 512.0,
+                    _ => (1.0 + mantissa / 8.0) * f64::from(exponent - 7).exp2(),
+                };
+                let sign = if code & 0x80 == 0 { 1.0 } else { -1.0 };
+                let is_nan = code & 0x7f == 0x7f;
+                assert_eq!(got.is_nan(), is_nan, "{name} {code:#x}");
+                assert!(is_nan || got == (sign * size) as f32, "{name} {code:#x}: {got}");
             }
         }
     }
@@ -267,7 +298,7 @@ mod tests {
             let missing = format!("{isa:?}").matches("None").count();
             assert_eq!(missing, 3 * n_unused + n_floats, "{name}: {isa:?}");
             for quant in Quant::all() {
-                let i = quant.gguf_number() as usize;
+                let i = quant.number() as usize;
                 assert!(isa.dequant_row[i].is_some() && isa.gemv[i].is_some(), "{name} {quant}");
                 assert_eq!(isa.panel[i].is_some(), quant.is_blocks(), "{name} {quant}");
             }
@@ -316,7 +347,7 @@ mod tests {
         /// Products with `rows` rows of blocks, eight tokens at a time: `[n, rows]`.
         fn gemv(&self, isa: &ffi::v4_isa, quant: Quant, w: &[u8], rows: usize) -> Vec<f32> {
             let mut out = vec![f32::NAN; self.n * rows];
-            let gemv = isa.gemv[quant.gguf_number() as usize].unwrap();
+            let gemv = isa.gemv[quant.number() as usize].unwrap();
             for first in (0..self.n).step_by(8) {
                 let (act, to) = (self.act(first, 8), out[first * rows..].as_mut_ptr());
                 // SAFETY: w has `rows` rows of n weights; `to` has room for eight tokens.
@@ -328,7 +359,7 @@ mod tests {
         /// The same by panels.
         fn gemm(&self, isa: &ffi::v4_isa, quant: Quant, w: &[u8], rows: usize) -> Vec<f32> {
             let row_bytes = w.len() / rows;
-            let number = quant.gguf_number();
+            let number = quant.number();
             let mut out = vec![f32::NAN; self.n * rows];
             let unpack = isa.panel[number as usize].unwrap();
             let gemm = isa.gemm_i8.unwrap();
@@ -368,7 +399,7 @@ mod tests {
             for quant in Quant::all() {
                 let w = finite_blocks(quant, COLS / quant.block_len());
                 let mut got = vec![f32::NAN; COLS];
-                let dequant_row = isa.dequant_row[quant.gguf_number() as usize].unwrap();
+                let dequant_row = isa.dequant_row[quant.number() as usize].unwrap();
                 // SAFETY: w is a row of COLS weights, and got has room for them.
                 unsafe { dequant_row(w.as_ptr().cast(), COLS, got.as_mut_ptr()) };
                 let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use v4_kernels::{Cpu, KvType, cpu::CpuOptions};
-use v4_proto::frame::{self, LoadOptions, Stage};
+use v4_proto::frame::{self, LoadOptions, Precision, Stage};
 use v4_proto::{ModelFiles, ModelInfo};
 
 use crate::Error;
@@ -39,7 +39,8 @@ pub fn load(
         return Err(Error::unsupported(format!("the device {:?}", options.device)));
     }
     let threads = options.threads as usize;
-    let cpu = Cpu::open(&CpuOptions { threads, isa: options.isa.clone() })?;
+    let is_exact = options.precision == Precision::Quality;
+    let cpu = Cpu::open(&CpuOptions { threads, isa: options.isa.clone(), is_exact })?;
     let model = Model::open(files, Box::new(cpu), progress)?;
     let model = model.with_kv_type(kv_type(options.kv_type))?;
     let info = model.info().clone();

@@ -70,7 +70,7 @@ impl Model {
     pub fn new(file: &File, mut device: Box<dyn Device>) -> Result<Self, Error> {
         let (arch, config) = arch::resolve(file)?;
         let tensors = arch.tensors(file)?;
-        let mut binder = Binder::new(file.format, &tensors, &mut *device);
+        let mut binder = Binder::new(file.format, &file.meta, &tensors, &mut *device);
         let decoder = Decoder::bind(config, &arch.names, &mut binder)?;
         binder.finish()?;
         let scratch = decoder.scratch(&*device, PASS_ROWS)?;

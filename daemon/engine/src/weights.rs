@@ -7,7 +7,7 @@ use v4_kernels::{Buffer, Device, ExpertWeights, Matrix, Quant, quant};
 use crate::Error;
 use crate::arch::config::ROPE_FACTORS;
 use crate::arch::decoder::Name;
-use crate::format::{Format, Tensor};
+use crate::format::{Format, Meta, Tensor};
 use crate::layers::linear::Weight;
 
 /// Tensors that are read elsewhere or that no computation needs, by the end of their name.
@@ -20,6 +20,12 @@ const IGNORED: &[&str] = &[
     ".input_scale",
 ];
 
+/// The scales of an FP8 weight's tiles, and how large those are where the metadata does not say
+/// (DeepSeek-AI 2024, section 3.3).
+const TILE_SCALES: &str = ".weight_scale_inv";
+const TILE: [usize; 2] = [128, 128];
+const TILE_KEY: &str = "quantization_config.weight_block_size";
+
 /// Where a name has the number of an expert.
 const EXPERT: &str = "[]";
 
@@ -29,6 +35,8 @@ const FLOATS: [Quant; 3] = [Quant::F32, Quant::F16, Quant::BF16];
 /// Hands tensors to fields and remembers which.
 pub(crate) struct Binder<'a> {
     format: Format,
+    /// Rows and columns of a tile that has a scale.
+    tile: [usize; 2],
     tensors: HashMap<&'a str, &'a Tensor>,
     bound: HashSet<&'a str>,
     device: &'a mut dyn Device,
@@ -36,9 +44,18 @@ pub(crate) struct Binder<'a> {
 
 impl<'a> Binder<'a> {
     /// For the tensors of a file, whose vectors are put on `device`.
-    pub fn new(format: Format, tensors: &'a [Tensor], device: &'a mut dyn Device) -> Self {
+    pub fn new(
+        format: Format,
+        meta: &Meta,
+        tensors: &'a [Tensor],
+        device: &'a mut dyn Device,
+    ) -> Self {
+        let tile = match meta.i64s(TILE_KEY).as_deref() {
+            Some(&[height, width]) => [height, width].map(|n| usize::try_from(n).unwrap_or(0)),
+            _ => TILE,
+        };
         let tensors = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        Self { format, tensors, bound: HashSet::new(), device }
+        Self { format, tile, tensors, bound: HashSet::new(), device }
     }
 
     /// A name in this format.
@@ -94,11 +111,22 @@ impl<'a> Binder<'a> {
     ) -> Result<Weight, Error> {
         let tensor = self.need(name, layer, ".weight")?;
         let matrix = matrix(tensor, rows, cols)?;
+        let matrix = self.tiled(matrix, &self.full_name(name, layer, TILE_SCALES))?;
         let scale = match self.find(name, layer, ".scale") {
             Some(scale) => floats(scale, 1)?.first().copied().unwrap_or(1.0),
             None => 1.0,
         };
         Ok(Weight { matrix, bias: None, scale })
+    }
+
+    /// A matrix with the scales of its tiles, where there is a tensor of that name.
+    fn tiled(&mut self, matrix: Matrix, name: &str) -> Result<Matrix, Error> {
+        let Some(tensor) = self.take(name) else { return Ok(matrix) };
+        let [height, width] = self.tile.map(|n| n.max(1));
+        let n_tiles = [matrix.rows().div_ceil(height), matrix.cols().div_ceil(width)];
+        let shape = n_tiles.map(|n| n as u64);
+        let scales = floats_of(tensor, &shape)?;
+        matrix.with_tiles([height, width], scales).ok_or_else(|| shape_error(tensor, &shape))
     }
 
     /// [`Binder::weight`] with a bias of `rows` values.
@@ -153,11 +181,11 @@ impl<'a> Binder<'a> {
         for id in 0..n {
             let number = id.to_string();
             let of = |suffix: &str| self.full_name(name, layer, suffix).replace(EXPERT, &number);
-            let (weight, scale) = (of(".weight"), of(".scale"));
+            let (weight, scale, tiles) = (of(".weight"), of(".scale"), of(TILE_SCALES));
             let Some(tensor) = self.take(&weight) else {
                 return Err(Error::MissingTensor { name: weight });
             };
-            matrices.push(matrix(tensor, rows, cols)?);
+            matrices.push(self.tiled(matrix(tensor, rows, cols)?, &tiles)?);
             scales.push(match self.take(&scale) {
                 Some(scale) => floats(scale, 1)?.first().copied().unwrap_or(1.0),
                 None => 1.0,
@@ -249,5 +277,79 @@ fn shape_error(tensor: &Tensor, expected: &[u64]) -> Error {
         name: tensor.name.clone(),
         found: format!("{:?} of {}", tensor.shape, tensor.quant),
         expected: expected.to_vec(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use v4_kernels::cpu::CpuOptions;
+    use v4_kernels::{Bytes, Cpu};
+
+    use super::*;
+    use crate::format::{Array, Value};
+
+    const NAME: Name = Name { gguf: "w", hf: "layers.{}.w" };
+
+    fn tensor(name: &str, quant: Quant, shape: &[u64], bytes: Vec<u8>) -> Tensor {
+        let bytes = Bytes::from_vec(bytes);
+        Tensor { name: name.to_owned(), quant, shape: shape.to_vec(), bytes, scales: None }
+    }
+
+    /// An FP8 weight of ones `[rows, cols]`, and scales that count its tiles from 1.
+    fn fp8([rows, cols]: [u64; 2], tiles: [u64; 2]) -> Vec<Tensor> {
+        const ONE: u8 = 0x38;
+        let n = usize::try_from(rows * cols).expect("small");
+        // Upper halves of floats.
+        let scales = (1..=tiles[0] * tiles[1]).map(|n| n as f32);
+        let scales = scales.flat_map(|x| [x.to_le_bytes()[2], x.to_le_bytes()[3]]).collect();
+        vec![
+            tensor("layers.3.w.weight", Quant::F8_E4M3, &[rows, cols], vec![ONE; n]),
+            tensor("layers.3.w.weight_scale_inv", Quant::BF16, &tiles, scales),
+        ]
+    }
+
+    /// The first row and the last.
+    fn ends(meta: &Meta, tensors: &[Tensor], shape: [usize; 2]) -> Result<[Vec<f32>; 2], Error> {
+        let options = CpuOptions { threads: 1, ..CpuOptions::default() };
+        let mut cpu = Cpu::open(&options).expect("a processor");
+        let mut binder = Binder::new(Format::Safetensors, meta, tensors, &mut cpu);
+        let weight = binder.weight(&NAME, 3, shape)?;
+        binder.finish()?;
+        let [rows, cols] = shape;
+        let mut out = cpu.buffer(2 * cols)?;
+        let last = u32::try_from(rows - 1).expect("small");
+        cpu.embed(&weight.matrix, &[0, last], 1.0, &mut out)?;
+        let mut values = vec![0.0; 2 * cols];
+        cpu.read(&out, 0, &mut values)?;
+        let second = values.split_off(cols);
+        Ok([values, second])
+    }
+
+    #[test]
+    fn an_fp8_weight_has_the_scales_of_its_tiles() {
+        let meta = Meta::default();
+        let [first, last] = ends(&meta, &fp8([130, 160], [2, 2]), [130, 160]).expect("bound");
+        assert_eq!((first[0], first[127], first[128], first[159]), (1.0, 1.0, 2.0, 2.0));
+        assert_eq!((last[0], last[127], last[128], last[159]), (3.0, 3.0, 4.0, 4.0));
+
+        let mut meta = Meta::default();
+        meta.insert(TILE_KEY, Value::Array(Array::U64(vec![65, 160])));
+        let [first, last] = ends(&meta, &fp8([130, 160], [2, 1]), [130, 160]).expect("bound");
+        assert_eq!((first[159], last[0]), (1.0, 2.0));
+    }
+
+    #[test]
+    fn scales_that_do_not_fit_are_refused_by_name() {
+        let meta = Meta::default();
+        let refused = |tensors: &[Tensor]| {
+            ends(&meta, tensors, [130, 160]).expect_err("does not fit").to_string()
+        };
+        assert!(refused(&fp8([130, 160], [1, 2])).contains("w.weight_scale_inv"));
+        let mut blocks = fp8([130, 160], [2, 2]);
+        blocks[0].quant = Quant::Q8_0;
+        blocks[0].bytes = Bytes::from_vec(vec![0; 130 * 5 * 34]);
+        assert!(refused(&blocks).contains("w.weight_scale_inv"));
+        let scales_alone = &fp8([130, 160], [2, 2])[1..];
+        assert!(refused(scales_alone).contains("layers.3.w.weight"));
     }
 }

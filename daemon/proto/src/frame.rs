@@ -65,6 +65,29 @@ impl FromStr for KvType {
     }
 }
 
+/// How exact the products of quantised weights are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Activations are rounded to eight bits, 32 of them sharing a scale.
+    #[default]
+    Fast,
+    /// They stay floats: the weights are exact, and prompts are read several times slower.
+    Quality,
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "fast" => Ok(Precision::Fast),
+            "quality" => Ok(Precision::Quality),
+            _ => Err(format!("{name:?} is not fast or quality")),
+        }
+    }
+}
+
 /// How a model is put on a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadOptions {
@@ -79,6 +102,9 @@ pub struct LoadOptions {
     /// How keys and values are kept.
     #[serde(default)]
     pub kv_type: KvType,
+    /// How exact products are.
+    #[serde(default)]
+    pub precision: Precision,
     /// An instruction set by name instead of the best one of this machine (tests, `--isa`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isa: Option<String>,
@@ -341,7 +367,7 @@ mod tests {
         assert_eq!(KvType::Q8_0.bytes(u64::MAX), u64::MAX / 64 * 34 + 34);
         let old = r#"{"device":"cpu","context":1,"slots":1,"threads":1}"#;
         let options: LoadOptions = serde_json::from_str(old).expect("decodes");
-        assert_eq!(options.kv_type, KvType::F16);
+        assert_eq!((options.kv_type, options.precision), (KvType::F16, Precision::Fast));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 use v4_proto::{
     Code, Delta, Done, Event, Finish, Input, Inspection, ModelFiles, ModelInfo, SamplingParams,
     Usage,
-    frame::{KvType, LENGTHS_BYTES, Lengths, LoadOptions, Stage},
+    frame::{KvType, LENGTHS_BYTES, Lengths, LoadOptions, Precision, Stage},
 };
 
 use super::*;
@@ -155,6 +155,7 @@ fn options() -> LoadOptions {
         slots: 2,
         threads: 1,
         kv_type: KvType::F16,
+        precision: Precision::Fast,
         isa: None,
     }
 }

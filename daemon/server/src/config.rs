@@ -10,7 +10,8 @@ use std::{
 };
 
 use tracing::level_filters::LevelFilter;
-use v4_proto::{frame::KvType, paths};
+use v4_proto::frame::{KvType, Precision};
+use v4_proto::paths;
 use v4_supervisor::KeepAlive;
 
 use crate::{api::keep_alive, error::Error};
@@ -48,6 +49,9 @@ pub struct Config {
     /// How keys and values are kept (`V4_KV_TYPE`): `f16`, `bf16` (the range of a float, less
     /// precise), or `q8_0` (about half the memory, and faster at long contexts).
     pub kv_type: KvType,
+    /// How exact products are (`V4_PRECISION`): `fast` rounds what is multiplied with quantised
+    /// weights to eight bits; `quality` does not, and reads prompts several times slower.
+    pub precision: Precision,
     /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
     pub max_queue: usize,
     /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
@@ -126,6 +130,7 @@ impl Config {
             slots: number("V4_SLOTS", text("V4_SLOTS"), DEFAULT_SLOTS)?.max(1),
             threads: number("V4_THREADS", text("V4_THREADS"), 0)?,
             kv_type: number("V4_KV_TYPE", text("V4_KV_TYPE"), KvType::F16)?,
+            precision: number("V4_PRECISION", text("V4_PRECISION"), Precision::Fast)?,
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
@@ -183,6 +188,7 @@ fn number<T: FromStr>(
     let Some(value) = value else { return Ok(default) };
     let expected = match setting {
         "V4_KV_TYPE" => "f16, bf16 or q8_0",
+        "V4_PRECISION" => "fast or quality",
         "V4_LOG" => "error, warn, info, debug, trace or off",
         _ => "a whole number",
     };
@@ -280,6 +286,7 @@ mod tests {
             ("V4_SLOTS", "7"),
             ("V4_THREADS", "3"),
             ("V4_KV_TYPE", "q8_0"),
+            ("V4_PRECISION", "quality"),
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
@@ -302,6 +309,7 @@ mod tests {
             slots: 7,
             threads: 3,
             kv_type: KvType::Q8_0,
+            precision: Precision::Quality,
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
@@ -361,6 +369,7 @@ mod tests {
             ("V4_MEMORY", "lots"),
             ("V4_MEMORY", "99999999999G"),
             ("V4_KV_TYPE", "f32"),
+            ("V4_PRECISION", "exact"),
             ("V4_REGISTRY", "registry.ollama.ai"),
             ("V4_LIMIT_RATE", "fast"),
             ("V4_LOG", "loud"),

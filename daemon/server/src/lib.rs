@@ -106,6 +106,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         slots: config.slots,
         threads: config.threads,
         kv_type: config.kv_type,
+        precision: config.precision,
         ..base
     };
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use v4_proto::frame::KvType;
+use v4_proto::frame::{KvType, Precision};
 use v4_proto::{Digest, ModelFiles, ModelInfo, ModelName};
 
 /// How long a model stays loaded after its last answer.
@@ -40,6 +40,8 @@ pub struct SupervisorConfig {
     pub threads: u32,
     /// How keys and values are kept.
     pub kv_type: KvType,
+    /// How exact products are.
+    pub precision: Precision,
     /// An instruction set by name instead of the machine's best.
     pub isa: Option<String>,
     /// Whether one more runner is kept started, so that a load does not wait for a process.
@@ -57,6 +59,7 @@ impl Default for SupervisorConfig {
             slots: 4,
             threads: 0,
             kv_type: KvType::F16,
+            precision: Precision::Fast,
             isa: None,
             spare: true,
         }

@@ -13,7 +13,7 @@ use tokio::{
 };
 use v4_proto::{
     Event as Answered, Fault, ModelInfo, ModelName,
-    frame::{KvType, LoadOptions},
+    frame::{KvType, LoadOptions, Precision},
 };
 use v4_store::Lease;
 
@@ -84,6 +84,7 @@ pub(crate) struct Owner {
     launch: Launch,
     threads: u32,
     kv_type: KvType,
+    precision: Precision,
     isa: Option<String>,
     links: HashMap<RunnerId, Linked>,
     clients: HashMap<AskId, Client>,
@@ -112,6 +113,7 @@ impl Owner {
             launch,
             threads: config.threads,
             kv_type: config.kv_type,
+            precision: config.precision,
             isa: config.isa.clone(),
             links: HashMap::new(),
             clients: HashMap::new(),
@@ -253,6 +255,7 @@ impl Owner {
             slots: model.slots,
             threads: self.threads,
             kv_type: self.kv_type,
+            precision: self.precision,
             isa: self.isa.clone(),
         };
         self.tell(runner, Command::Load { files: model.target.files.clone(), options });

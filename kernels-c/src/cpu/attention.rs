@@ -539,7 +539,8 @@ mod tests {
 
         /// The rows of the batch by `Cpu`.
         fn run(&self, isa: &str, threads: usize) -> Vec<f32> {
-            let options = CpuOptions { threads, isa: Some(isa.to_owned()) };
+            let options =
+                CpuOptions { threads, isa: Some(isa.to_owned()), ..CpuOptions::default() };
             let mut cpu = Cpu::open(&options).unwrap();
             let block_tokens = self.shape.block_tokens;
             let needed = |(len, _): &Sequence| len.div_ceil(block_tokens);
@@ -655,7 +656,7 @@ mod tests {
     /// The nearest numbers of half precision.
     fn halves(x: &[f32]) -> Vec<f32> {
         let (mut bits, mut values) = (vec![0; x.len()], vec![0.0; x.len()]);
-        Isa::open(Some("portable")).unwrap().f16_from_f32(x, &mut bits);
+        Isa::open(Some("portable"), false).unwrap().f16_from_f32(x, &mut bits);
         let bytes: Vec<u8> = bits.iter().flat_map(|half| half.to_le_bytes()).collect();
         dequantize(Quant::F16, &bytes, &mut values);
         values
@@ -739,7 +740,12 @@ mod tests {
     #[test]
     fn what_half_precision_does_not_reach_is_kept_as_its_largest() {
         for isa in isas() {
-            let mut cpu = Cpu::open(&CpuOptions { threads: 1, isa: Some(isa.to_owned()) }).unwrap();
+            let mut cpu = Cpu::open(&CpuOptions {
+                threads: 1,
+                isa: Some(isa.to_owned()),
+                ..CpuOptions::default()
+            })
+            .unwrap();
             for (kv_type, most) in [(KvType::F16, 65504.0), (KvType::Q8_0, 127.0 * 65504.0)] {
                 let shape = Case::new(1, 1, 32, &[]).stored_as(kv_type).shape;
                 let mut kv = cpu.kv_cache(shape, 1).unwrap();
@@ -758,7 +764,8 @@ mod tests {
 
     #[test]
     fn a_head_that_is_no_whole_group_is_refused() {
-        let cpu = Cpu::open(&CpuOptions { threads: 1, isa: None }).unwrap();
+        let cpu =
+            Cpu::open(&CpuOptions { threads: 1, isa: None, ..CpuOptions::default() }).unwrap();
         let shape = Case::new(2, 2, 24, &[]).stored_as(KvType::Q8_0).shape;
         let refused = cpu.kv_cache(shape, 1).unwrap_err();
         assert!(matches!(refused, DeviceError::Unavailable { .. }), "{refused}");
@@ -767,7 +774,8 @@ mod tests {
     /// Attends to spans of (first row, rows) with two heads in buffers of four rows.
     fn attend_to(rows: &[(usize, usize)]) {
         let Case { shape, attention, .. } = Case::new(2, 1, 8, &[]);
-        let mut cpu = Cpu::open(&CpuOptions { threads: 2, isa: None }).unwrap();
+        let mut cpu =
+            Cpu::open(&CpuOptions { threads: 2, isa: None, ..CpuOptions::default() }).unwrap();
         let kv = cpu.kv_cache(shape, 1).unwrap();
         let q = cpu.buffer(4 * 2 * 8).unwrap();
         let mut out = cpu.buffer(4 * 2 * 8).unwrap();

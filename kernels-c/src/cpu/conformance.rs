@@ -5,7 +5,8 @@ use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows, SUM_GROUP}
 use super::memory::Spread;
 use super::{Cpu, CpuOptions, isas};
 use crate::device::{
-    Activation, Attention, Buffer, Device, KvShape, KvType, Linear, Matrix, Rope, RopeKind, Span,
+    Activation, Activations, Attention, Buffer, Device, GateUp, Input, KvShape, KvType, Linear,
+    Matrix, RmsNorm, Rope, RopeKind, Span, Weight,
 };
 use crate::map::Bytes;
 use crate::quant::{Quant, dequantize};
@@ -75,7 +76,7 @@ pub(super) fn values(matrix: &Matrix) -> Vec<f32> {
 }
 
 /// Activations and what an instruction set's `quantize` makes of them.
-struct Input {
+struct Sample {
     cols: usize,
     x: Vec<f32>,
     q: Vec<i8>,
@@ -83,7 +84,7 @@ struct Input {
     sum: Vec<i16>,
 }
 
-impl Input {
+impl Sample {
     fn new(isa: &Isa, x: Vec<f32>, cols: usize) -> Self {
         let n = x.len() / ACT_GROUP * ACT_GROUP;
         let (mut q, mut d) = (vec![0; n], vec![0.0; n / ACT_GROUP]);
@@ -112,7 +113,7 @@ impl Input {
 }
 
 /// `[tokens][rows]`, both ways that an instruction set has.
-fn products(isa: &Isa, matrix: &Matrix, input: &Input) -> (Vec<f32>, Vec<f32>) {
+fn products(isa: &Isa, matrix: &Matrix, input: &Sample) -> (Vec<f32>, Vec<f32>) {
     let (rows, tokens) = (matrix.rows(), input.tokens());
     let blocks = matrix.quant().is_blocks();
     let acts = if blocks { input.acts() } else { input.floats_only() };
@@ -161,7 +162,7 @@ fn assert_product(got: &[f32], weights: &[f32], x: &[f64], cols: usize, what: &s
 }
 
 fn open(name: &str) -> Isa {
-    Isa::open(Some(name)).unwrap()
+    Isa::open(Some(name), false).unwrap()
 }
 
 pub(super) fn assert_same(a: &[f32], b: &[f32], what: &str) {
@@ -195,7 +196,7 @@ fn products_of_every_format_are_right_and_the_same_everywhere() {
             let cols = blocks * quant.block_len();
             let matrix = weights(&mut random, quant, rows, cols);
             let x = random.reals(tokens * cols);
-            let input = Input::new(&portable, x, cols);
+            let input = Sample::new(&portable, x, cols);
             let reals = values(&matrix);
             let expected = products(&portable, &matrix, &input).0;
             for name in isas() {
@@ -227,7 +228,7 @@ fn eight_bits_of_activation_are_near_the_exact_product() {
         let isa = open(name);
         for quant in Quant::all().filter(|quant| quant.is_blocks()) {
             let matrix = weights(&mut random, quant, rows, cols);
-            let input = Input::new(&isa, random.reals(cols), cols);
+            let input = Sample::new(&isa, random.reals(cols), cols);
             let (got, reals) = (products(&isa, &matrix, &input).0, values(&matrix));
             let (mut error, mut size) = (0.0, 0.0);
             for (row, got) in reals.chunks_exact(cols).zip(got) {
@@ -267,7 +268,7 @@ fn fp4_is_right_for_all_codes_and_scales() {
         let (cols, reals) = (matrix.cols(), values(&matrix));
         // Each token has a one where the others have none.
         let x = (0..cols * cols).map(|i| f32::from(u8::from(i / cols == i % cols))).collect();
-        let input = Input::new(&portable, x, cols);
+        let input = Sample::new(&portable, x, cols);
         for name in isas() {
             let (direct, tiled) = products(&open(name), &matrix, &input);
             for (at, (direct, tiled)) in direct.iter().zip(&tiled).enumerate() {
@@ -295,13 +296,13 @@ fn activations_are_quantised_the_same_everywhere() {
     x[64..96].fill(0.0);
     x[96] = 1e30;
     x[130] = -1e-30;
-    let portable = Input::new(&open("portable"), x.clone(), 32);
+    let portable = Sample::new(&open("portable"), x.clone(), 32);
     for (group, d) in x.chunks_exact(32).zip(&portable.d) {
         let max = group.iter().fold(0f32, |max, value| max.max(value.abs()));
         assert!((f64::from(max) / 127.0 - f64::from(*d)).abs() <= 1e-7 * f64::from(*d));
     }
     for name in isas() {
-        let input = Input::new(&open(name), x.clone(), 32);
+        let input = Sample::new(&open(name), x.clone(), 32);
         assert_eq!(input.q, portable.q, "{name}");
         assert_same(&input.d, &portable.d, name);
         assert_eq!(input.sum, portable.sum, "{name}");
@@ -332,16 +333,16 @@ fn damaged_and_tiny_activations_are_quantised_the_same_everywhere() {
     for name in isas() {
         let isa = open(name);
         for group in &damaged {
-            let input = Input::new(&isa, group.clone(), 32);
+            let input = Sample::new(&isa, group.clone(), 32);
             assert_eq!(input.d[0].to_bits(), f32::NAN.to_bits(), "{name} {group:?}");
             assert_eq!((input.q, input.sum), (vec![0; 32], vec![0; 2]), "{name} {group:?}");
         }
         for group in &tiny {
-            let input = Input::new(&isa, group.clone(), 32);
+            let input = Sample::new(&isa, group.clone(), 32);
             assert_eq!(input.d[0].to_bits(), (group[0].abs() / 127.0).to_bits(), "{name}");
             assert_eq!((input.q, input.sum), (vec![0; 32], vec![0; 2]), "{name} {group:?}");
         }
-        let least = Input::new(&isa, vec![3.8e-37; 32], 32);
+        let least = Sample::new(&isa, vec![3.8e-37; 32], 32);
         assert_eq!((least.q, least.sum), (vec![127; 32], vec![16 * 127; 2]), "{name}");
     }
 }
@@ -355,7 +356,7 @@ fn a_damaged_activation_damages_its_own_row_of_a_product() {
         let mut x = random.reals(tokens * cols);
         x[4 * cols + 37] = f32::NAN;
         for name in isas() {
-            let input = Input::new(&open(name), x.clone(), cols);
+            let input = Sample::new(&open(name), x.clone(), cols);
             let (direct, tiled) = products(&open(name), &matrix, &input);
             for (at, (direct, tiled)) in direct.iter().zip(&tiled).enumerate() {
                 let is_damaged = at / rows == 4;
@@ -520,7 +521,7 @@ fn half_precision_rounds_the_same_everywhere() {
 }
 
 pub(super) fn cpu(isa: &str, threads: usize) -> Cpu {
-    Cpu::open(&CpuOptions { threads, isa: Some(isa.to_owned()) }).unwrap()
+    Cpu::open(&CpuOptions { threads, isa: Some(isa.to_owned()), ..CpuOptions::default() }).unwrap()
 }
 
 pub(super) fn buffer(cpu: &mut Cpu, values: &[f32]) -> Buffer {
@@ -585,9 +586,12 @@ fn linear(cpu: &mut Cpu, x: &[f32], rows: usize, matrices: &[(Matrix, Vec<f32>)]
         .collect();
     let mut parts: Vec<_> = rest
         .iter_mut()
-        .map(|(weight, bias, out)| Linear { weight, bias: bias.as_ref(), scale: 0.5, out })
+        .map(|(matrix, bias, out)| {
+            let weight = Weight { matrix, bias: bias.as_ref(), scale: 0.5 };
+            Linear { weight, out, is_added: false }
+        })
         .collect();
-    cpu.linear(&x, rows, &mut parts).unwrap();
+    cpu.linear(Input::Plain(&x), rows, &mut parts).unwrap();
     rest.iter().map(|(_, _, out)| floats(cpu, out)).collect()
 }
 
@@ -621,6 +625,136 @@ fn a_row_of_a_product_depends_on_no_other_row_nor_on_threads() {
         let plain = &linear(&mut cpu(name, 2), &x, rows, &[(matrix.clone(), Vec::new())])[0];
         for (at, (with, plain)) in all[1].iter().zip(plain).enumerate() {
             assert_eq!(with.to_bits(), (plain + bias[at % matrix.rows()]).to_bits(), "{name} {at}");
+        }
+    }
+}
+
+/// A matrix of FP8 with a scale for each tile, and what its weights are.
+fn tiled(random: &mut Random, rows: usize, cols: usize, tile: [usize; 2]) -> (Matrix, Vec<f32>) {
+    let matrix = weights(random, Quant::F8_E4M3, rows, cols);
+    let [n_rows, n_cols] = [rows.div_ceil(tile[0]), cols.div_ceil(tile[1])];
+    let scales: Vec<f32> = (0..n_rows * n_cols).map(|_| 0.01 + random.real().abs()).collect();
+    let mut values = values(&matrix);
+    for (at, value) in values.iter_mut().enumerate() {
+        let (row, col) = (at / cols, at % cols);
+        *value *= scales[row / tile[0] * n_cols + col / tile[1]];
+    }
+    (matrix.with_tiles(tile, scales).unwrap(), values)
+}
+
+#[test]
+fn scales_of_tiles_belong_to_their_weights() {
+    let mut random = Random::new(21);
+    for (rows, cols, tile) in [(300, 200, [128, 128]), (70, 96, [16, 32]), (5, 33, [128, 128])] {
+        let (matrix, values) = tiled(&mut random, rows, cols, tile);
+        for name in isas() {
+            let tokens = 70;
+            let x = random.reals(tokens * cols);
+            let all = &linear(&mut cpu(name, 3), &x, tokens, &[(matrix.clone(), Vec::new())])[0];
+            let doubled: Vec<f32> = all.iter().map(|y| 2.0 * y).collect();
+            let reals: Vec<f64> = x.iter().copied().map(f64::from).collect();
+            assert_product(&doubled, &values, &reals, cols, name);
+            if name != "portable" {
+                for (first, n) in [(0, 1), (61, 9)] {
+                    let part = &x[first * cols..][..n * cols];
+                    let part = &linear(&mut cpu(name, 2), part, n, &[(matrix.clone(), vec![])])[0];
+                    assert_same(part, &all[first * rows..][..n * rows], name);
+                }
+            }
+            let mut cpu = cpu(name, 2);
+            let mut out = cpu.buffer(3 * cols).unwrap();
+            let last = u32::try_from(rows - 1).unwrap();
+            cpu.embed(&matrix, &[0, last, 3], 1.0, &mut out).unwrap();
+            for (id, row) in [0, rows - 1, 3].iter().zip(floats(&mut cpu, &out).chunks(cols)) {
+                assert_eq!(row, &values[id * cols..][..cols], "{name} row {id}");
+            }
+        }
+    }
+    let scales = |n| vec![1.0; n];
+    let plain = |quant| weights(&mut Random::new(1), quant, 4, 64);
+    assert!(plain(Quant::F8_E4M3).with_tiles([2, 32], scales(4)).is_some());
+    assert!(plain(Quant::F8_E4M3).with_tiles([2, 32], scales(5)).is_none());
+    assert!(plain(Quant::F8_E4M3).with_tiles([0, 32], scales(4)).is_none());
+    assert!(plain(Quant::Q8_0).with_tiles([2, 32], scales(4)).is_none());
+}
+
+/// With `is_exact` nothing is rounded but sums.
+#[test]
+fn exact_products_read_floats() {
+    let mut random = Random::new(22);
+    for name in isas() {
+        for quant in Quant::all().filter(|quant| quant.is_blocks()) {
+            let (rows, cols) = (37, 2 * quant.block_len());
+            let matrix = weights(&mut random, quant, rows, cols);
+            let x = random.reals(11 * cols);
+            let options = CpuOptions { threads: 2, isa: Some(name.to_owned()), is_exact: true };
+            let mut cpu = Cpu::open(&options).unwrap();
+            let matrices = [(matrix.clone(), Vec::new())];
+            let all = &linear(&mut cpu, &x, 11, &matrices)[0];
+            let doubled: Vec<f32> = all.iter().map(|y| 2.0 * y).collect();
+            let reals: Vec<f64> = x.iter().copied().map(f64::from).collect();
+            assert_product(&doubled, &values(&matrix), &reals, cols, &format!("{name} {quant}"));
+            let one = &linear(&mut cpu, &x[..cols], 1, &matrices)[0];
+            assert_same(one, &all[..rows], &format!("{name} {quant}"));
+        }
+    }
+}
+
+/// A norm before a product, an activation between two and a sum after one give the same bits
+/// whether they are fused or not.
+#[test]
+fn fused_operations_are_what_they_are_made_of() {
+    let mut random = Random::new(23);
+    let formats = [
+        [Quant::Q4_0, Quant::Q4_0, Quant::Q6_K],
+        [Quant::MXFP4, Quant::F16, Quant::Q8_0],
+        [Quant::BF16, Quant::Q8_0, Quant::F32],
+        [Quant::F32; 3],
+    ];
+    for name in isas().into_iter().filter(|name| *name != "portable") {
+        for (quants, rows) in formats.into_iter().flat_map(|quants| [1, 7, 65].map(|n| (quants, n)))
+        {
+            let what = format!("{name} {quants:?} {rows} rows");
+            let (cols, width) = (96, 512);
+            let [gate, up] = [0, 1].map(|i| weights(&mut random, quants[i], width, cols));
+            let down = weights(&mut random, quants[2], cols, width);
+            let mut cpu = cpu(name, 3);
+            let x = buffer(&mut cpu, &random.reals(rows * cols));
+            let bias = buffer(&mut cpu, &random.reals(width));
+            let norm = RmsNorm { weight: buffer(&mut cpu, &random.reals(cols)), eps: 1e-5 };
+            let before = random.reals(rows * cols);
+            let gate = Weight { matrix: &gate, bias: Some(&bias), scale: 0.5 };
+            let up = Weight { matrix: &up, bias: None, scale: 1.0 };
+            let down = Weight { matrix: &down, bias: None, scale: 1.0 };
+            let product = |cpu: &mut Cpu, input: Input<'_>, weight: Weight<'_>| {
+                let mut out = cpu.buffer(rows * weight.matrix.rows()).unwrap();
+                let part = Linear { weight, out: &mut out, is_added: false };
+                cpu.linear(input, rows, &mut [part]).unwrap();
+                floats(cpu, &out)
+            };
+
+            let mut normed = cpu.buffer(rows * cols).unwrap();
+            cpu.rms_norm(&norm, &x, rows, &mut normed).unwrap();
+            let mut gated = product(&mut cpu, Input::Plain(&normed), gate);
+            let same = product(&mut cpu, Input::Normed(&x, &norm), gate);
+            assert_same(&same, &gated, &what);
+            let factors = product(&mut cpu, Input::Plain(&normed), up);
+            for (gate, up) in gated.chunks_mut(width).zip(factors.chunks(width)) {
+                cpu.isa.gated(Activation::Silu, gate, up);
+            }
+            let gated = buffer(&mut cpu, &gated);
+            let expected = product(&mut cpu, Input::Plain(&gated), down);
+
+            let all = GateUp { gate, up, activation: Activation::Silu, reader: down.matrix };
+            let mut ready = Activations::default();
+            cpu.gate_up(Input::Normed(&x, &norm), rows, &all, &mut ready).unwrap();
+            assert_same(&product(&mut cpu, Input::Ready(&ready), down), &expected, &what);
+
+            let mut sum = buffer(&mut cpu, &before);
+            let part = Linear { weight: down, out: &mut sum, is_added: true };
+            cpu.linear(Input::Ready(&ready), rows, &mut [part]).unwrap();
+            let expected: Vec<f32> = before.iter().zip(&expected).map(|(a, b)| a + b).collect();
+            assert_same(&floats(&mut cpu, &sum), &expected, &what);
         }
     }
 }

@@ -2,20 +2,21 @@
 //!
 //! The rows of a batch are sorted by expert and gathered, so that an expert's weights are read once
 //! and multiplied by all its rows: straight from the file's blocks up to [`GEMV_TOKENS`] rows, by
-//! panels beyond, as in `linear`. There are two jobs. The first makes gate and up of a stretch of
-//! an expert's width and what the activation makes of them, quantised for the second. A share of
-//! the second makes some columns of the result for all rows: it goes through the experts in the
-//! order of their numbers and adds what each gives to the rows that chose it, hence a row's sum has
-//! one order whatever else is in the batch.
+//! panels beyond, as in `linear`. There are two jobs. The first is that of `gated`. A share of the
+//! second makes some columns of the result for all rows: it goes through the experts in the order
+//! of their numbers and adds what each gives to the rows that chose it, hence a row's sum has one
+//! order whatever else is in the batch.
 
 use std::ops::Range;
 
 use super::Cpu;
-use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows, SUM_GROUP};
-use super::linear::{PANEL_TOKENS, Quantized, finish, panel_len, product, share_bytes};
-use super::memory::{Spread, Tile};
-use crate::device::{Activation, Buffer, ExpertWeights, Experts, Matrix, Router, Routing};
-use crate::pool::Scratch;
+use super::gated::{Group, Job, Weights};
+use super::input::{Forms, HostActivations, Quantized};
+use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, SUM_GROUP};
+use super::linear::share_bytes;
+use super::memory::Spread;
+use crate::device::{Buffer, Experts, Input, Router, Routing};
+use crate::pool::{Pool, Scratch};
 
 /// Columns of the result in a share are a multiple of this: the widest tile of a product.
 const COLUMNS: usize = 16;
@@ -23,24 +24,6 @@ const COLUMNS: usize = 16;
 const GATHER_ALONE: usize = 64 << 10;
 /// Rows whose experts are chosen by one thread.
 const ROUTE_ALONE: usize = 16;
-
-/// The rows of one expert.
-#[derive(Debug, Clone)]
-struct Group {
-    expert: usize,
-    /// Which of [`Mixture::rows`].
-    assigned: Range<usize>,
-}
-
-/// A piece of the first job.
-#[derive(Debug, Clone)]
-struct Share {
-    group: usize,
-    /// Of gate and up.
-    rows: Range<usize>,
-    /// Of the group.
-    tokens: Range<usize>,
-}
 
 /// What a batch is made of, kept between calls for its memory.
 #[derive(Debug, Default)]
@@ -52,13 +35,11 @@ pub(super) struct Mixture {
     weights: Vec<f32>,
     /// Where the next row of each expert goes while they are sorted.
     next: Vec<usize>,
-    /// The rows of `x` as they are assigned: either floats or quantised.
+    /// The rows of `x` as they are assigned.
     gathered_x: Vec<f32>,
     gathered: Quantized,
-    /// `[assignments, feed forward]`: between gate, up and down, and quantised.
-    hidden: Vec<f32>,
-    hidden_quantized: Quantized,
-    shares: Vec<Share>,
+    /// `[assignments, feed forward]`: between gate, up and down.
+    hidden: HostActivations,
 }
 
 impl Mixture {
@@ -88,132 +69,6 @@ impl Mixture {
             self.weights[to] = weight;
         }
     }
-
-    /// Cuts gate and up into shares. `row_bytes` is what a row of each takes together.
-    fn plan(&mut self, width: usize, row_bytes: usize, threads: usize) {
-        self.shares.clear();
-        let bytes = self.groups.len() * width * row_bytes;
-        let few_rows = share_rows(bytes, row_bytes, threads);
-        for (group, Group { assigned, .. }) in self.groups.iter().enumerate() {
-            let n = assigned.len();
-            let step = if n <= GEMV_TOKENS { few_rows } else { PANEL_ROWS };
-            for first in (0..width).step_by(step) {
-                let rows = first..width.min(first + step);
-                for token in (0..n).step_by(PANEL_TOKENS) {
-                    let tokens = token..n.min(token + PANEL_TOKENS);
-                    self.shares.push(Share { group, rows: rows.clone(), tokens });
-                }
-            }
-        }
-    }
-}
-
-/// Rows of weights in a share of a product with few tokens, of `bytes` in all: whole groups of
-/// activations for the product that follows.
-fn share_rows(bytes: usize, row_bytes: usize, threads: usize) -> usize {
-    (share_bytes(bytes, threads) / row_bytes.max(1)).max(1).next_multiple_of(ACT_GROUP)
-}
-
-/// One of [`Experts`]' products, checked.
-struct Weights<'a> {
-    matrices: &'a [Matrix],
-    bias: Option<&'a [f32]>,
-    scales: &'a [f32],
-    panel_len: usize,
-}
-
-impl<'a> Weights<'a> {
-    fn of(weights: &'a ExpertWeights, [rows, cols]: [usize; 2], isa: &Isa) -> Self {
-        let ExpertWeights { matrices, bias, scales } = weights;
-        let first = &matrices[0];
-        let is_same =
-            |m: &Matrix| [m.rows(), m.cols()] == [rows, cols] && m.quant() == first.quant();
-        assert!(matrices.iter().all(is_same), "experts of one shape and format");
-        assert_eq!(scales.len(), matrices.len(), "a scale for each expert");
-        let bias = bias.as_ref().map(|Buffer::Host(bias)| bias.floats());
-        assert!(bias.is_none_or(|bias| bias.len() == matrices.len() * rows), "a bias a row");
-        Self { matrices, bias, scales, panel_len: panel_len(isa, first) }
-    }
-
-    fn row_bytes(&self) -> usize {
-        let matrix = &self.matrices[0];
-        matrix.bytes().len() / matrix.rows().max(1)
-    }
-
-    /// Rows `rows` of `expert`'s product with `x`.
-    fn compute(
-        &self,
-        isa: &Isa,
-        (expert, rows): (usize, Range<usize>),
-        x: &Acts<'_>,
-        out: &mut Tile<'_>,
-        panel: &mut [f32],
-    ) {
-        let matrix = &self.matrices[expert];
-        product(isa, Rows::of(matrix, rows.start, rows.len()), x, out, panel);
-        let first = expert * matrix.rows();
-        let bias = self.bias.map(|bias| &bias[first + rows.start..first + rows.end]);
-        finish(out, self.scales[expert], bias);
-    }
-}
-
-/// What lies between the two jobs.
-struct Hidden<'a> {
-    width: usize,
-    x: Spread<'a, f32>,
-    /// Values, scales and sums, where down is blocks.
-    quantized: Option<(Spread<'a, i8>, Spread<'a, f32>, Spread<'a, i16>)>,
-}
-
-/// The first job.
-struct GateUp<'a> {
-    gate: Weights<'a>,
-    up: Weights<'a>,
-    activation: Activation,
-    groups: &'a [Group],
-    /// The gathered rows; a batch of one row needs no gathering and has one for all groups.
-    x: Acts<'a>,
-    is_single: bool,
-    hidden: Hidden<'a>,
-}
-
-impl GateUp<'_> {
-    fn compute(&self, isa: &Isa, share: &Share, scratch: &mut Scratch) {
-        let Group { expert, assigned } = &self.groups[share.group];
-        let (n, width) = (share.tokens.len(), share.rows.len());
-        let first = assigned.start + share.tokens.start;
-        let x = self.x.rows_at(if self.is_single { 0 } else { first }, n);
-        let panel_len = self.gate.panel_len.max(self.up.panel_len);
-        let (panel, up) = scratch.floats(panel_len + n * width).split_at_mut(panel_len);
-        let up = Spread::new(up);
-        // SAFETY: the only tile of memory that is this thread's own.
-        let mut up = unsafe { up.tile(0..n, width, 0..width) };
-        let assigned = first..first + n;
-        // SAFETY: shares are disjoint in assignments or in rows, and each is taken once.
-        let mut gate =
-            unsafe { self.hidden.x.tile(assigned.clone(), self.hidden.width, share.rows.clone()) };
-        let of = (*expert, share.rows.clone());
-        self.gate.compute(isa, of.clone(), &x, &mut gate, panel);
-        self.up.compute(isa, of, &x, &mut up, panel);
-        for token in 0..n {
-            let gate = gate.row(token);
-            isa.gated(self.activation, gate, up.row(token));
-            self.hidden.quantize(isa, gate, assigned.start + token, &share.rows);
-        }
-    }
-}
-
-impl Hidden<'_> {
-    /// Quantises `x`, which is columns `columns` of an assignment, where that is wanted.
-    fn quantize(&self, isa: &Isa, x: &[f32], assignment: usize, columns: &Range<usize>) {
-        let Some((q, d, sum)) = &self.quantized else { return };
-        let from = assignment * self.width + columns.start;
-        let range = |group: usize| from / group..(from + x.len()) / group;
-        // SAFETY: as for the tile that `x` is a row of; its columns are whole groups.
-        let (q, d, sum) =
-            unsafe { (q.part(range(1)), d.part(range(ACT_GROUP)), sum.part(range(SUM_GROUP))) };
-        isa.quantize(x, q, d, sum);
-    }
 }
 
 /// The second job.
@@ -231,20 +86,19 @@ struct Down<'a> {
 impl Down<'_> {
     /// Columns of the result in a share.
     fn columns(&self, threads: usize) -> usize {
-        let matrix = &self.product.matrices[0];
+        let [rows, _] = self.product.shape();
         let few = self.groups.iter().all(|group| group.assigned.len() <= GEMV_TOKENS);
         if few {
             let row_bytes = (self.groups.len() * self.product.row_bytes()).max(1);
-            let bytes = share_bytes(matrix.rows() * row_bytes, threads);
+            let bytes = share_bytes(rows * row_bytes, threads);
             return (bytes / row_bytes).max(1).next_multiple_of(COLUMNS);
         }
         // Half a panel where there would not be enough whole ones.
-        if matrix.rows() / PANEL_ROWS < threads * 2 { COLUMNS } else { PANEL_ROWS }
+        if rows / PANEL_ROWS < threads * 2 { COLUMNS } else { PANEL_ROWS }
     }
 
     fn compute(&self, isa: &Isa, columns: Range<usize>, scratch: &mut Scratch) {
-        let panel_len = self.product.panel_len;
-        let (width, all) = (columns.len(), self.product.matrices[0].rows());
+        let (width, [all, _]) = (columns.len(), self.product.shape());
         // SAFETY: shares are disjoint in columns, and each is taken once.
         let mut out = unsafe { self.out.tile(0..self.n_rows, all, columns.clone()) };
         for row in 0..self.n_rows {
@@ -252,12 +106,13 @@ impl Down<'_> {
         }
         for Group { expert, assigned } in self.groups {
             let n = assigned.len();
-            let (panel, part) = scratch.floats(panel_len + n * width).split_at_mut(panel_len);
+            let room_len = self.product.room_len(isa, n);
+            let (room, part) = scratch.floats(room_len + n * width).split_at_mut(room_len);
             let part = Spread::new(part);
             // SAFETY: the only tile of memory that is this thread's own.
             let mut part = unsafe { part.tile(0..n, width, 0..width) };
             let x = self.hidden.rows_at(assigned.start, n);
-            self.product.compute(isa, (*expert, columns.clone()), &x, &mut part, panel);
+            self.product.compute(isa, (*expert, columns.clone()), &x, &mut part, room);
             for (token, assignment) in assigned.clone().enumerate() {
                 let out = out.row(self.rows[assignment] as usize);
                 isa.join(out, 1.0, part.row(token), self.weights[assignment]);
@@ -279,103 +134,38 @@ impl Cpu {
         if rows == 0 {
             return;
         }
-        let Experts { gate, up, down, .. } = experts;
+        let Experts { gate, up, down, activation } = experts;
         let [width, cols] = [gate.matrices[0].rows(), gate.matrices[0].cols()];
-        self.mixture.sort(routing, gate.matrices.len());
-        self.bring((x, rows), cols, [gate, up]);
-        let Mixture { rows: assigned, hidden, hidden_quantized, .. } = &mut self.mixture;
-        hidden.resize(assigned.len() * width, 0.0);
-        hidden_quantized.resize(hidden.len(), down.matrices[0].quant().is_blocks());
-        self.gate_up(experts, (x, rows));
+        let Self { isa, pool, mixture, .. } = self;
+        mixture.sort(routing, gate.matrices.len());
+        let forms = Forms::of(isa, [&gate.matrices[0], &up.matrices[0]]);
+        let x = self.inputs.prepare((isa, pool), Input::Plain(x), [rows, cols], forms);
+        let Mixture { groups, rows: assigned, weights, gathered_x, gathered, hidden, .. } = mixture;
+        // A batch of one row has one for all groups.
+        let x = if rows == 1 {
+            x
+        } else {
+            gathered_x.resize(if forms.floats { assigned.len() * cols } else { 0 }, 0.0);
+            gathered.resize(assigned.len() * cols, forms.whole);
+            gather(pool, &x, assigned, (gathered_x, gathered), forms)
+        };
+        hidden.resize(isa, [assigned.len(), width], &down.matrices[0]);
+        let both = [gate, up].map(|part| Weights::of(part, [width, cols]));
+        let job = Job::new(both, *activation, (groups, x), hidden);
+        job.run(isa, pool, &mut self.gated_shares);
         let Buffer::Host(out) = out;
-        let Mixture { groups, rows: assigned, weights, hidden, hidden_quantized, .. } =
-            &self.mixture;
-        let Quantized { q, d, sum } = hidden_quantized;
         let job = Down {
-            product: Weights::of(down, [cols, width], &self.isa),
+            product: Weights::of(down, [cols, width]),
             groups,
             rows: assigned,
             weights,
-            hidden: Acts { cols: width, x: hidden, q, d, sum },
+            hidden: hidden.acts(),
             n_rows: rows,
             out: Spread::new(&mut out.floats_mut()[..rows * cols]),
         };
-        let (isa, step) = (&self.isa, job.columns(self.pool.threads()));
-        self.pool.run(cols.div_ceil(step), &|share, scratch| {
+        let step = job.columns(pool.threads());
+        pool.run(cols.div_ceil(step), &|share, scratch| {
             job.compute(isa, share * step..cols.min((share + 1) * step), scratch);
-        });
-    }
-
-    /// Runs the first job over the rows that [`Cpu::bring`] brought.
-    fn gate_up(&mut self, experts: &Experts, (x, rows): (&Buffer, usize)) {
-        let Experts { gate, up, down, activation } = experts;
-        let [width, cols] = [gate.matrices[0].rows(), gate.matrices[0].cols()];
-        let isa = &self.isa;
-        let (gate, up) =
-            (Weights::of(gate, [width, cols], isa), Weights::of(up, [width, cols], isa));
-        self.mixture.plan(width, gate.row_bytes() + up.row_bytes(), self.pool.threads());
-        let Mixture { groups, gathered_x, gathered, hidden, hidden_quantized, shares, .. } =
-            &mut self.mixture;
-        let Buffer::Host(x) = x;
-        let is_single = rows == 1;
-        let Quantized { q, d, sum } = if is_single { &self.quantized } else { &*gathered };
-        let x = if is_single { &x.floats()[..cols] } else { &gathered_x[..] };
-        let Quantized { q: hidden_q, d: hidden_d, sum: hidden_sum } = hidden_quantized;
-        let quantized = if down.matrices[0].quant().is_blocks() {
-            Some((Spread::new(hidden_q), Spread::new(hidden_d), Spread::new(hidden_sum)))
-        } else {
-            None
-        };
-        let job = GateUp {
-            gate,
-            up,
-            activation: *activation,
-            groups,
-            x: Acts { cols, x, q, d, sum },
-            is_single,
-            hidden: Hidden { width, x: Spread::new(hidden), quantized },
-        };
-        self.pool.run(shares.len(), &|share, scratch| job.compute(isa, &shares[share], scratch));
-    }
-
-    /// Quantises the rows of `x` where a product wants it, and gathers them as they are assigned.
-    fn bring(&mut self, (x, rows): (&Buffer, usize), cols: usize, parts: [&ExpertWeights; 2]) {
-        let Buffer::Host(x) = x;
-        let x = &x.floats()[..rows * cols];
-        let is_blocks = parts.map(|part| part.matrices[0].quant().is_blocks());
-        let (any_blocks, any_floats) = (is_blocks.contains(&true), is_blocks.contains(&false));
-        if any_blocks {
-            self.quantize(x, cols);
-        } else {
-            self.quantized.clear();
-        }
-        if rows == 1 {
-            return;
-        }
-        let Mixture { rows: assigned, gathered_x, gathered, .. } = &mut self.mixture;
-        let n = assigned.len() * cols;
-        gathered_x.resize(if any_floats { n } else { 0 }, 0.0);
-        gathered.resize(n, any_blocks);
-        let to_x = Spread::new(gathered_x);
-        let (to_q, to_d) = (Spread::new(&mut gathered.q), Spread::new(&mut gathered.d));
-        let to_sum = Spread::new(&mut gathered.sum);
-        let from = &self.quantized;
-        let step = (GATHER_ALONE / cols).max(1);
-        self.pool.run(assigned.len().div_ceil(step), &|share, _| {
-            for (to, row) in assigned.iter().enumerate().skip(share * step).take(step) {
-                let row = *row as usize;
-                // SAFETY: shares are disjoint, and each assignment has a row of its own.
-                unsafe {
-                    if any_floats {
-                        copy_row(x, row, &to_x, to, cols);
-                    }
-                    if any_blocks {
-                        copy_row(&from.q, row, &to_q, to, cols);
-                        copy_row(&from.d, row, &to_d, to, cols / ACT_GROUP);
-                        copy_row(&from.sum, row, &to_sum, to, cols / SUM_GROUP);
-                    }
-                }
-            }
         });
     }
 
@@ -404,6 +194,38 @@ impl Cpu {
             }
         });
     }
+}
+
+/// The rows of `x` as they are assigned.
+fn gather<'a>(
+    pool: &mut Pool,
+    x: &Acts<'_>,
+    assigned: &[u32],
+    (to_x, to): (&'a mut [f32], &'a mut Quantized),
+    forms: Forms,
+) -> Acts<'a> {
+    let cols = x.cols;
+    let spread_x = Spread::new(to_x);
+    let (to_q, to_d) = (Spread::new(&mut to.q), Spread::new(&mut to.d));
+    let to_sum = Spread::new(&mut to.sum);
+    let step = (GATHER_ALONE / cols).max(1);
+    pool.run(assigned.len().div_ceil(step), &|share, _| {
+        for (to, row) in assigned.iter().enumerate().skip(share * step).take(step) {
+            let row = *row as usize;
+            // SAFETY: shares are disjoint, and each assignment has a row of its own.
+            unsafe {
+                if forms.floats {
+                    copy_row(x.x, row, &spread_x, to, cols);
+                }
+                if forms.whole {
+                    copy_row(x.q, row, &to_q, to, cols);
+                    copy_row(x.d, row, &to_d, to, cols / ACT_GROUP);
+                    copy_row(x.sum, row, &to_sum, to, cols / SUM_GROUP);
+                }
+            }
+        }
+    });
+    Acts { cols, x: to_x, q: &to.q, d: &to.d, sum: &to.sum }
 }
 
 /// Copies row `row` of `from` to row `to_row` of `to`, both `width` wide.
@@ -452,23 +274,12 @@ fn choose_row(router: &Router, logits: &[f32], ids: &mut [u32], weights: &mut [f
     }
 }
 
-impl Quantized {
-    /// Room for `n` values, or for none.
-    fn resize(&mut self, n: usize, is_wanted: bool) {
-        let n = if is_wanted { n } else { 0 };
-        assert!(n.is_multiple_of(ACT_GROUP), "whole groups");
-        self.q.resize(n, 0);
-        self.d.resize(n / ACT_GROUP, 0.0);
-        self.sum.resize(n / SUM_GROUP, 0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::conformance::{Random, assert_same, buffer, cpu, floats, values, weights};
     use super::super::isas;
     use super::*;
-    use crate::device::{Device, Linear};
+    use crate::device::{Activation, Device, ExpertWeights, Linear, Matrix, Weight};
     use crate::quant::Quant;
 
     /// Experts of some formats and shapes.
@@ -567,7 +378,8 @@ mod tests {
                 let Experts { gate, up, down, activation } = experts;
                 let mut gated = linear(cpu, gate, id, &x);
                 let factor = linear(cpu, up, id, &x);
-                cpu.gated(*activation, &mut gated, &factor, factor.len()).unwrap();
+                let (Buffer::Host(to), Buffer::Host(factor)) = (&mut gated, &factor);
+                cpu.isa.gated(*activation, to.floats_mut(), factor.floats());
                 let part = linear(cpu, down, id, &gated);
                 let part = floats(cpu, &part);
                 cpu.isa.join(&mut sum, 1.0, &part, weight);
@@ -604,13 +416,14 @@ mod tests {
     /// Expert `id`'s product with one row.
     fn linear(cpu: &mut Cpu, part: &ExpertWeights, id: u32, x: &Buffer) -> Buffer {
         let id = id as usize;
-        let (weight, scale) = (&part.matrices[id], part.scales[id]);
-        let n = weight.rows();
+        let (matrix, scale) = (&part.matrices[id], part.scales[id]);
+        let n = matrix.rows();
         let bias = part.bias.as_ref().map(|bias| floats(cpu, bias)[id * n..][..n].to_vec());
         let bias = bias.map(|bias| buffer(cpu, &bias));
         let mut out = cpu.buffer(n).unwrap();
-        let product = Linear { weight, bias: bias.as_ref(), scale, out: &mut out };
-        cpu.linear(x, 1, &mut [product]).unwrap();
+        let weight = Weight { matrix, bias: bias.as_ref(), scale };
+        let product = Linear { weight, out: &mut out, is_added: false };
+        cpu.linear(Input::Plain(x), 1, &mut [product]).unwrap();
         out
     }
 

@@ -73,8 +73,11 @@ impl<'a> Acts<'a> {
 pub(super) struct Rows<'a> {
     pub(super) quant: Quant,
     pub(super) cols: usize,
+    /// Which row of the matrix is the first.
+    pub(super) first: usize,
     pub(super) len: usize,
     bytes: &'a [u8],
+    tiles: Option<&'a device::Tiles>,
 }
 
 impl<'a> Rows<'a> {
@@ -83,14 +86,24 @@ impl<'a> Rows<'a> {
         let (quant, cols) = (matrix.quant(), matrix.cols());
         let row_bytes = quant.row_bytes(cols).expect("a Matrix has whole blocks");
         let bytes = &matrix.bytes().as_slice()[first * row_bytes..(first + rows) * row_bytes];
-        Self { quant, cols, len: rows, bytes }
+        Self { quant, cols, first, len: rows, bytes, tiles: matrix.tiles() }
     }
 
     /// Rows `first..first + rows` of these.
     pub(super) fn part(&self, first: usize, rows: usize) -> Self {
         let row_bytes = self.row_bytes();
         let bytes = &self.bytes[first * row_bytes..(first + rows) * row_bytes];
-        Self { len: rows, bytes, ..*self }
+        Self { first: self.first + first, len: rows, bytes, ..*self }
+    }
+
+    /// The scales of the matrix' tiles.
+    pub(super) fn tiles(&self) -> Option<&'a device::Tiles> {
+        self.tiles
+    }
+
+    /// What the rows are before their tiles' scales.
+    pub(super) fn without_tiles(self) -> Self {
+        Self { tiles: None, ..self }
     }
 
     fn row_bytes(&self) -> usize {
@@ -139,6 +152,7 @@ impl Slabs<'_> {
 pub(super) struct Isa {
     name: &'static str,
     table: ffi::v4_isa,
+    is_exact: bool,
 }
 
 // SAFETY: the table is pointers to functions without state and to a literal.
@@ -172,8 +186,8 @@ pub(super) fn usable() -> Vec<&'static str> {
 }
 
 impl Isa {
-    /// The best one, or the one named.
-    pub(super) fn open(name: Option<&str>) -> Result<Self> {
+    /// The best one, or the one named. When `is_exact`, products with blocks read floats too.
+    pub(super) fn open(name: Option<&str>, is_exact: bool) -> Result<Self> {
         let usable = usable();
         let name = name.unwrap_or_else(|| usable.last().expect("portable runs everywhere"));
         let unavailable =
@@ -194,11 +208,16 @@ impl Isa {
             }
             table.assume_init()
         };
-        Ok(Self { name, table })
+        Ok(Self { name, table, is_exact })
     }
 
     pub(super) fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Whether products with weights of this format read their input as whole numbers.
+    pub(super) fn takes_whole(&self, quant: Quant) -> bool {
+        quant.is_blocks() && !self.is_exact
     }
 
     /// Product straight from the file's blocks: `out = x W^T`.
@@ -206,7 +225,7 @@ impl Isa {
         assert!(x.rows() <= GEMV_TOKENS && x.cols == weights.cols);
         assert!(out.rows == x.rows() && out.columns == weights.len);
         let act = x.checked(weights.quant);
-        let gemv = self.table.gemv[weights.quant.gguf_number() as usize].expect(FILLED);
+        let gemv = self.table.gemv[weights.quant.number() as usize].expect(FILLED);
         // SAFETY: as asserted: the bytes are `rows` rows of `cols` weights, `out` is
         // `[tokens][rows]`.
         unsafe {
@@ -226,7 +245,7 @@ impl Isa {
         assert!(quant.is_blocks());
         let panel_bytes = self.table.panel_bytes.expect(FILLED);
         // SAFETY: a pure function of a known format.
-        unsafe { panel_bytes(quant.gguf_number(), cols) }.div_ceil(size_of::<f32>())
+        unsafe { panel_bytes(quant.number(), cols) }.div_ceil(size_of::<f32>())
     }
 
     /// Unpacks at most [`PANEL_ROWS`] rows to a panel.
@@ -234,7 +253,7 @@ impl Isa {
         assert!(weights.len <= PANEL_ROWS);
         assert!(panel.len() >= self.panel_len(weights.quant, weights.cols));
         assert_eq!(panel.as_ptr().addr() % ffi::V4_ALIGN as usize, 0);
-        let unpack = self.table.panel[weights.quant.gguf_number() as usize].expect(FILLED);
+        let unpack = self.table.panel[weights.quant.number() as usize].expect(FILLED);
         // SAFETY: as asserted: the bytes are `rows` rows of `cols` weights, the panel is long
         // enough and aligned.
         unsafe {
@@ -259,7 +278,7 @@ impl Isa {
         // `[tokens][rows]`.
         unsafe {
             gemm(
-                quant.gguf_number(),
+                quant.number(),
                 panel.as_ptr().cast(),
                 out.columns,
                 &raw const act,
@@ -281,12 +300,14 @@ impl Isa {
     /// Rows of weights to floats.
     pub(super) fn dequantize(&self, weights: Rows<'_>, out: &mut [f32]) {
         assert_eq!(out.len(), weights.len * weights.cols);
-        let dequantize =
-            self.table.dequant_row[weights.quant.gguf_number() as usize].expect(FILLED);
+        let dequantize = self.table.dequant_row[weights.quant.number() as usize].expect(FILLED);
         let rows = weights.bytes.chunks_exact(weights.row_bytes());
-        for (row, out) in rows.zip(out.chunks_exact_mut(weights.cols)) {
+        for (index, (row, out)) in rows.zip(out.chunks_exact_mut(weights.cols)).enumerate() {
             // SAFETY: `row` is a row of `cols` weights, `out` has `cols` floats.
             unsafe { dequantize(row.as_ptr().cast(), weights.cols, out.as_mut_ptr()) }
+            if let Some(tiles) = weights.tiles {
+                tiles.scale(weights.first + index, out);
+            }
         }
     }
 

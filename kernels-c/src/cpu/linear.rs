@@ -8,9 +8,10 @@
 use std::ops::Range;
 
 use super::Cpu;
-use super::isa::{ACT_GROUP, Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows, SUM_GROUP};
+use super::input::Forms;
+use super::isa::{Acts, GEMV_TOKENS, Isa, PANEL_ROWS, Rows};
 use super::memory::{Spread, Tile};
-use crate::device::{Buffer, Linear, Matrix};
+use crate::device::{Buffer, Input, Linear, Matrix, Tiles, Weight};
 use crate::pool::Scratch;
 
 /// Bytes of weights in a share of a product with few rows: long beside the 50 ns that taking a
@@ -20,16 +21,11 @@ const SHARE_BYTES: Range<usize> = 8 << 10..256 << 10;
 const SHARES_A_THREAD: usize = 8;
 /// Tokens that use a panel of a product with many rows before other threads unpack it again.
 pub(super) const PANEL_TOKENS: usize = 512;
-/// Activations quantised by one thread: beneath, waking another costs more.
-const QUANTIZE_ALONE: usize = 16 << 10;
-
-/// The quantised input of a product, kept between calls.
-#[derive(Debug, Default)]
-pub(super) struct Quantized {
-    pub(super) q: Vec<i8>,
-    pub(super) d: Vec<f32>,
-    pub(super) sum: Vec<i16>,
-}
+/// Tokens that are multiplied by the scales of a tile at once: beside a panel they fit a second
+/// cache.
+const SCALED_TOKENS: usize = 48;
+/// Floats of a cache line: working memory is divided on its boundaries.
+const LINE_FLOATS: usize = 16;
 
 /// A piece of a product.
 #[derive(Debug, Clone)]
@@ -44,58 +40,122 @@ struct Part<'a> {
     weight: &'a Matrix,
     bias: Option<&'a [f32]>,
     scale: f32,
+    is_added: bool,
     out: Spread<'a, f32>,
 }
 
 impl Part<'_> {
     fn compute(&self, isa: &Isa, x: &Acts<'_>, share: &Share, scratch: &mut Scratch) {
-        let width = self.weight.rows();
+        let (n, width) = (share.tokens.len(), share.rows.len());
+        let x = x.rows_at(share.tokens.start, n);
+        let room_len = room_len(isa, self.weight, n);
         // SAFETY: shares are disjoint in rows or in tokens, and each is taken once.
-        let mut out = unsafe { self.out.tile(share.tokens.clone(), width, share.rows.clone()) };
-        let weights = Rows::of(self.weight, share.rows.start, share.rows.len());
-        let x = x.rows_at(share.tokens.start, share.tokens.len());
-        product(isa, weights, &x, &mut out, scratch.floats(panel_len(isa, self.weight)));
-        let bias = self.bias.map(|bias| &bias[share.rows.clone()]);
-        finish(&mut out, self.scale, bias);
+        let mut out =
+            unsafe { self.out.tile(share.tokens.clone(), self.weight.rows(), share.rows.clone()) };
+        if !self.is_added {
+            self.multiply(isa, &x, &share.rows, &mut out, scratch.floats(room_len));
+            return;
+        }
+        let (room, part) = scratch.floats(room_len + n * width).split_at_mut(room_len);
+        let part = Spread::new(part);
+        // SAFETY: the only tile of memory that is this thread's own.
+        let mut part = unsafe { part.tile(0..n, width, 0..width) };
+        self.multiply(isa, &x, &share.rows, &mut part, room);
+        for token in 0..n {
+            isa.add(out.row(token), part.row(token));
+        }
+    }
+
+    fn multiply(
+        &self,
+        isa: &Isa,
+        x: &Acts<'_>,
+        rows: &Range<usize>,
+        out: &mut Tile<'_>,
+        room: &mut [f32],
+    ) {
+        product(isa, Rows::of(self.weight, rows.start, rows.len()), x, out, room);
+        finish(out, self.scale, self.bias.map(|bias| &bias[rows.clone()]));
     }
 }
 
-/// The product of some rows of a matrix: straight from its blocks for few tokens, else by panels,
-/// for which `panel` is room.
+/// The product of some rows of a matrix: straight from its blocks for few tokens, else by panels.
+/// `room` is as long as [`room_len`] says.
 pub(super) fn product(
     isa: &Isa,
     weights: Rows<'_>,
     x: &Acts<'_>,
     out: &mut Tile<'_>,
-    panel: &mut [f32],
+    room: &mut [f32],
 ) {
-    if x.rows() <= GEMV_TOKENS {
+    match weights.tiles() {
+        Some(tiles) => product_of_tiles(isa, (weights, tiles), x, out, room),
+        None => plain_product(isa, weights, x, out, room),
+    }
+}
+
+/// Where tiles have scales, a row of them is multiplied by activations that are scaled for it, as
+/// many times fewer numbers than weights as a tile is high.
+fn product_of_tiles(
+    isa: &Isa,
+    (weights, tiles): (Rows<'_>, &Tiles),
+    x: &Acts<'_>,
+    out: &mut Tile<'_>,
+    room: &mut [f32],
+) {
+    let (scaled, room) = room.split_at_mut(scaled_len(x.rows(), x.cols));
+    let mut first = 0;
+    while first < weights.len {
+        let row = weights.first + first;
+        let end = weights.len.min(first + tiles.height() - row % tiles.height());
+        let part = weights.part(first, end - first).without_tiles();
+        for token in (0..x.rows()).step_by(SCALED_TOKENS) {
+            let tokens = token..x.rows().min(token + SCALED_TOKENS);
+            let x = x.rows_at(token, tokens.len());
+            let scaled = &mut scaled[..x.x.len()];
+            scaled.copy_from_slice(x.x);
+            scaled.chunks_exact_mut(x.cols).for_each(|x| tiles.scale(row, x));
+            let x = Acts { x: scaled, ..x };
+            plain_product(isa, part, &x, &mut out.part(tokens, first..end), room);
+        }
+        first = end;
+    }
+}
+
+fn plain_product(isa: &Isa, weights: Rows<'_>, x: &Acts<'_>, out: &mut Tile<'_>, room: &mut [f32]) {
+    let is_whole = isa.takes_whole(weights.quant);
+    if x.rows() <= GEMV_TOKENS && (is_whole || !weights.quant.is_blocks()) {
         isa.gemv(weights, x, out);
         return;
     }
     for first in (0..weights.len).step_by(PANEL_ROWS) {
         let rows = PANEL_ROWS.min(weights.len - first);
         let weights = weights.part(first, rows);
-        let mut out = out.columns(first..first + rows);
-        if weights.quant.is_blocks() {
-            isa.panel(weights, panel);
-            isa.gemm_i8(weights.quant, panel, x, &mut out);
+        let mut out = out.part(0..x.rows(), first..first + rows);
+        if is_whole {
+            isa.panel(weights, room);
+            isa.gemm_i8(weights.quant, room, x, &mut out);
         } else {
-            let floats = &mut panel[..rows * weights.cols];
+            let floats = &mut room[..rows * weights.cols];
             isa.dequantize(weights, floats);
             isa.gemm_f32(floats, x, &mut out);
         }
     }
 }
 
-/// Floats of working memory that [`product`] wants for a panel, in whole cache lines.
-pub(super) fn panel_len(isa: &Isa, matrix: &Matrix) -> usize {
-    let len = if matrix.quant().is_blocks() {
+/// Floats of working memory that [`product`] wants for `tokens` rows, in whole cache lines.
+pub(super) fn room_len(isa: &Isa, matrix: &Matrix, tokens: usize) -> usize {
+    let panel = if isa.takes_whole(matrix.quant()) {
         isa.panel_len(matrix.quant(), matrix.cols())
     } else {
         PANEL_ROWS * matrix.cols()
     };
-    len.next_multiple_of(16)
+    let scaled = matrix.tiles().map_or(0, |_| scaled_len(tokens, matrix.cols()));
+    panel.next_multiple_of(LINE_FLOATS) + scaled
+}
+
+fn scaled_len(tokens: usize, cols: usize) -> usize {
+    (tokens.min(SCALED_TOKENS) * cols).next_multiple_of(LINE_FLOATS)
 }
 
 /// Bytes of weights in a share of a job that reads `bytes` of them for few tokens.
@@ -144,56 +204,23 @@ fn plan(parts: &[Part<'_>], tokens: usize, threads: usize, shares: &mut Vec<Shar
 
 impl Cpu {
     /// See [`crate::Device::linear`].
-    pub(super) fn products(&mut self, x: &Buffer, rows: usize, parts: &mut [Linear<'_>]) {
+    pub(super) fn products(&mut self, input: Input<'_>, rows: usize, parts: &mut [Linear<'_>]) {
         let Some(first) = parts.first() else { return };
         if rows == 0 {
             return;
         }
-        let cols = first.weight.cols();
-        assert!(parts.iter().all(|part| part.weight.cols() == cols), "one input for all parts");
-        let Buffer::Host(x) = x;
-        let x = &x.floats()[..rows * cols];
-        if parts.iter().any(|part| part.weight.quant().is_blocks()) {
-            self.quantize(x, cols);
-        } else {
-            self.quantized.clear();
-        }
+        let cols = first.weight.matrix.cols();
+        let matrices = || parts.iter().map(|part| part.weight.matrix);
+        assert!(matrices().all(|matrix| matrix.cols() == cols), "one input for all parts");
+        let forms = Forms::of(&self.isa, matrices());
+        let Self { isa, pool, inputs, shares, .. } = self;
+        let acts = inputs.prepare((isa, pool), input, [rows, cols], forms);
         let parts: Vec<Part<'_>> = parts.iter_mut().map(|part| checked(part, rows)).collect();
-        plan(&parts, rows, self.pool.threads(), &mut self.shares.0);
-        let Quantized { q, d, sum } = &self.quantized;
-        let (isa, shares) = (&self.isa, &self.shares.0);
-        let acts = Acts { cols, x, q, d, sum };
-        self.pool.run(shares.len(), &|share, scratch| {
+        plan(&parts, rows, pool.threads(), &mut shares.0);
+        let shares = &shares.0;
+        pool.run(shares.len(), &|share, scratch| {
             let share = &shares[share];
             parts[share.part].compute(isa, &acts, share, scratch);
-        });
-    }
-
-    /// Fills `self.quantized` with rows of `cols` values.
-    pub(super) fn quantize(&mut self, x: &[f32], cols: usize) {
-        assert!(cols.is_multiple_of(ACT_GROUP), "{cols} columns are no whole groups");
-        let Quantized { q, d, sum } = &mut self.quantized;
-        q.resize(x.len(), 0);
-        d.resize(x.len() / ACT_GROUP, 0.0);
-        sum.resize(x.len() / SUM_GROUP, 0);
-        if x.len() <= QUANTIZE_ALONE {
-            self.isa.quantize(x, q, d, sum);
-            return;
-        }
-        let (q, d, sum) = (Spread::new(q), Spread::new(d), Spread::new(sum));
-        let step = QUANTIZE_ALONE / 2;
-        let isa = &self.isa;
-        self.pool.run(x.len().div_ceil(step), &|share, _| {
-            let (from, to) = (share * step, x.len().min((share + 1) * step));
-            // SAFETY: shares are disjoint: `step` is a multiple of both groups.
-            let (q, d, sum) = unsafe {
-                (
-                    q.part(from..to),
-                    d.part(from / ACT_GROUP..to / ACT_GROUP),
-                    sum.part(from / SUM_GROUP..to / SUM_GROUP),
-                )
-            };
-            isa.quantize(&x[from..to], q, d, sum);
         });
     }
 }
@@ -202,21 +229,14 @@ impl Cpu {
 #[derive(Debug, Default)]
 pub(super) struct Shares(Vec<Share>);
 
-impl Quantized {
-    pub(super) fn clear(&mut self) {
-        self.q.clear();
-        self.d.clear();
-        self.sum.clear();
-    }
-}
-
 fn checked<'a>(part: &'a mut Linear<'_>, rows: usize) -> Part<'a> {
-    let width = part.weight.rows();
-    let Buffer::Host(out) = &mut *part.out;
-    let bias = part.bias.map(|Buffer::Host(bias)| {
+    let Linear { weight: Weight { matrix, bias, scale }, out, is_added } = part;
+    let width = matrix.rows();
+    let Buffer::Host(out) = &mut **out;
+    let bias = bias.map(|Buffer::Host(bias)| {
         assert_eq!(bias.len(), width, "a bias for each row of the weight");
         bias.floats()
     });
     let out = Spread::new(&mut out.floats_mut()[..rows * width]);
-    Part { weight: part.weight, bias, scale: part.scale, out }
+    Part { weight: matrix, bias, scale: *scale, is_added: *is_added, out }
 }

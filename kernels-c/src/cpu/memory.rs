@@ -156,12 +156,13 @@ pub(super) struct Tile<'a> {
 }
 
 impl Tile<'_> {
-    /// Columns `columns` of this tile.
-    pub(super) fn columns(&mut self, columns: Range<usize>) -> Tile<'_> {
+    /// Columns `columns` of rows `rows` of this tile.
+    pub(super) fn part(&mut self, rows: Range<usize>, columns: Range<usize>) -> Tile<'_> {
+        assert!(rows.start < rows.end && rows.end <= self.rows, "{rows:?}");
         assert!(columns.start < columns.end && columns.end <= self.columns, "{columns:?}");
         // SAFETY: inside this tile.
-        let start = unsafe { self.start.add(columns.start) };
-        Tile { start, columns: columns.len(), ..*self }
+        let start = unsafe { self.start.add(rows.start * self.stride + columns.start) };
+        Tile { start, rows: rows.len(), columns: columns.len(), ..*self }
     }
 
     /// One row.

@@ -18,6 +18,9 @@ pub struct DeviceArgs {
     /// How keys and values are kept: `f16`, `bf16` or `q8_0`.
     #[arg(long, default_value = "f16", value_parser = kv_type)]
     kv_type: KvType,
+    /// Products with quantised weights read floats, not eight bits.
+    #[arg(long)]
+    quality: bool,
 }
 
 fn kv_type(name: &str) -> Result<KvType, String> {
@@ -33,13 +36,14 @@ impl DeviceArgs {
 
     /// The same with another number of threads.
     pub fn with_threads(&self, threads: usize) -> Self {
-        Self { threads, isa: self.isa.clone(), kv_type: self.kv_type }
+        Self { threads, ..self.clone() }
     }
 
     /// As arguments of this program.
     pub fn arguments(&self) -> Vec<String> {
         let mut arguments = vec!["--threads".to_owned(), self.threads().to_string()];
         arguments.extend(self.isa.iter().flat_map(|isa| ["--isa".to_owned(), isa.clone()]));
+        arguments.extend(self.quality.then(|| "--quality".to_owned()));
         arguments
     }
 
@@ -48,7 +52,8 @@ impl DeviceArgs {
     /// # Errors
     /// A sentence.
     pub fn start(&self) -> Result<Box<dyn Device>, String> {
-        let options = CpuOptions { threads: self.threads, isa: self.isa.clone() };
+        let Self { threads, isa, quality, .. } = self.clone();
+        let options = CpuOptions { threads, isa, is_exact: quality };
         let cpu = Cpu::open(&options).map_err(|error| error.to_string())?;
         Ok(Box::new(cpu))
     }

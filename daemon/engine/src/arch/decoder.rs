@@ -2,16 +2,16 @@
 //! of them, each normed before and added to the hidden state.
 
 use v4_kernels::{
-    Attention as Constants, Buffer, Device, ExpertWeights, Experts, KvCache, Matrix, Routing,
+    Activations, Attention as Constants, Buffer, Device, ExpertWeights, Experts, Input, KvCache,
+    Matrix, RmsNorm, Routing,
 };
 
 use super::config::{DecoderConfig, ExpertsConfig, Output};
 use crate::Error;
 use crate::layers::attention::{self, Attention, Place};
 use crate::layers::linear::Weight;
-use crate::layers::mlp::{self, Mlp};
+use crate::layers::mlp::Mlp;
 use crate::layers::moe::{self, Moe};
-use crate::layers::norm::Norm;
 use crate::weights::Binder;
 
 /// What a field's tensor is called in either format, without `.weight`; `{}` is the layer, `[]` the
@@ -107,12 +107,12 @@ const LOGIT_ROWS: usize = 16;
 /// One block: attention, then the feed-forward.
 #[derive(Debug)]
 struct Block {
-    attention_norm: Norm,
+    attention_norm: RmsNorm,
     attention: Attention,
-    post_attention_norm: Option<Norm>,
-    mlp_norm: Norm,
+    post_attention_norm: Option<RmsNorm>,
+    mlp_norm: RmsNorm,
     mlp: FeedForward,
-    post_mlp_norm: Option<Norm>,
+    post_mlp_norm: Option<RmsNorm>,
 }
 
 /// What follows attention.
@@ -128,7 +128,7 @@ pub(crate) struct Decoder {
     config: DecoderConfig,
     embedding: Matrix,
     blocks: Vec<Block>,
-    output_norm: Norm,
+    output_norm: RmsNorm,
     output: Weight,
 }
 
@@ -141,7 +141,10 @@ pub(crate) struct Scratch {
     normed: Buffer,
     added: Buffer,
     attention: attention::Scratch,
-    mlp: mlp::Scratch,
+    /// Between gate, up and down: `[rows, feed forward]`.
+    gated: Activations,
+    /// Bytes of it at most.
+    gated_bytes: usize,
     moe: moe::Scratch,
     /// `[logit rows, vocabulary]`.
     logits: Buffer,
@@ -150,11 +153,11 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Bytes of it.
     pub fn bytes(&self) -> usize {
-        let Self { hidden, normed, added, attention, mlp, moe, logits } = self;
+        let Self { hidden, normed, added, attention, moe, logits, .. } = self;
         let attention::Scratch { query, key, value, mixed } = attention;
-        let mlp::Scratch { gate, up } = mlp;
-        let all = [hidden, normed, added, query, key, value, mixed, gate, up, &moe.logits, logits];
-        all.iter().map(|buffer| buffer.len() * size_of::<f32>()).sum()
+        let all = [hidden, normed, added, query, key, value, mixed, &moe.logits, logits];
+        let floats: usize = all.iter().map(|buffer| buffer.len()).sum();
+        floats * size_of::<f32>() + self.gated_bytes
     }
 }
 
@@ -290,7 +293,8 @@ impl Decoder {
                 value: buffer(n_kv_heads * head_dim)?,
                 mixed: buffer(n_heads * head_dim)?,
             },
-            mlp: mlp::Scratch { gate: buffer(feed_forward)?, up: buffer(feed_forward)? },
+            gated: Activations::default(),
+            gated_bytes: rows * feed_forward * size_of::<f32>(),
             moe: moe::Scratch { logits: buffer(n_experts)?, routing: Routing::default() },
             logits: device.buffer(LOGIT_ROWS * self.vocabulary())?,
         })
@@ -317,9 +321,9 @@ impl Decoder {
         for (layer, block) in self.blocks.iter().enumerate() {
             let rope = &self.config.ropes[self.config.layers[layer].rope];
             let n = rows.tokens.len();
-            block.attention_norm.apply(device, &scratch.hidden, n, &mut scratch.normed)?;
             let attention = &mut scratch.attention;
-            block.attention.project(device, &scratch.normed, (rope, rows.place), attention)?;
+            let input = Input::Normed(&scratch.hidden, &block.attention_norm);
+            block.attention.project(device, input, (rope, rows.place), attention)?;
             block.attention.mix(device, (kv, layer), rows.place, attention)?;
             // Past the last block's cache only the rows whose logits are wanted have a use.
             let is_last = layer + 1 == n_blocks;
@@ -363,11 +367,11 @@ impl Decoder {
             return Ok(());
         }
         let Scratch { hidden, normed, added, logits: out, .. } = scratch;
-        self.output_norm.apply(device, hidden, n, normed)?;
+        device.rms_norm(&self.output_norm, hidden, n, normed)?;
         let rows = as_rows(n);
         for part in rows.chunks(LOGIT_ROWS) {
             device.gather(normed, self.config.embedding, part, added)?;
-            device.linear(added, part.len(), &mut [self.output.part(out)])?;
+            device.linear(Input::Plain(added), part.len(), &mut [self.output.part(out)])?;
             let len = part.len() * self.vocabulary();
             if let Some(cap) = self.config.logit_cap {
                 device.soft_cap(out, cap, len)?;
@@ -392,9 +396,9 @@ struct Norms<'a, 'b> {
 }
 
 impl Norms<'_, '_> {
-    fn bind(&mut self, name: &Name, layer: usize, width: usize) -> Result<Norm, Error> {
+    fn bind(&mut self, name: &Name, layer: usize, width: usize) -> Result<RmsNorm, Error> {
         let weight = self.binder.vector(name, layer, width, self.config.norm_offset)?;
-        Ok(Norm { weight, eps: self.config.norm_eps })
+        Ok(RmsNorm { weight, eps: self.config.norm_eps })
     }
 
     fn bind_if(
@@ -403,7 +407,7 @@ impl Norms<'_, '_> {
         name: &Name,
         layer: usize,
         width: usize,
-    ) -> Result<Option<Norm>, Error> {
+    ) -> Result<Option<RmsNorm>, Error> {
         wanted.then(|| self.bind(name, layer, width)).transpose()
     }
 }
@@ -524,22 +528,51 @@ impl Block {
         n: usize,
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
-        let Scratch { hidden, normed, added, attention, mlp, moe, .. } = scratch;
-        let width = self.attention.output.matrix.rows();
-        device.linear(&attention.mixed, n, &mut [self.attention.output.part(added)])?;
-        if let Some(norm) = &self.post_attention_norm {
-            norm.apply_inplace(device, added, n)?;
-        }
-        device.add(hidden, added, n * width)?;
-        self.mlp_norm.apply(device, hidden, n, normed)?;
+        let Scratch { hidden, normed, added, attention, gated, moe, .. } = scratch;
+        let mixed = (Input::Plain(&attention.mixed), n);
+        let post_norm = self.post_attention_norm.as_ref();
+        add_product(device, mixed, (&self.attention.output, post_norm), (hidden, added))?;
+        let post_norm = self.post_mlp_norm.as_ref();
         match &self.mlp {
-            FeedForward::Dense(dense) => dense.apply(device, (normed, n), mlp, added)?,
-            FeedForward::Sparse(sparse) => sparse.apply(device, (normed, n), moe, added)?,
+            FeedForward::Dense(dense) => {
+                let input = (Input::Normed(hidden, &self.mlp_norm), n);
+                dense.gate_up(device, input, gated)?;
+                let input = (Input::Ready(gated), n);
+                add_product(device, input, (&dense.down, post_norm), (hidden, added))
+            }
+            FeedForward::Sparse(sparse) => {
+                device.rms_norm(&self.mlp_norm, hidden, n, normed)?;
+                sparse.apply(device, (normed, n), moe, added)?;
+                let len = n * self.attention.output.matrix.rows();
+                add_normed(device, (added, n), post_norm, (hidden, len))
+            }
         }
-        if let Some(norm) = &self.post_mlp_norm {
-            norm.apply_inplace(device, added, n)?;
-        }
-        device.add(hidden, added, n * width)?;
-        Ok(())
     }
+}
+
+/// `hidden += norm(x W^T)`, where there is a norm by way of `added`.
+fn add_product(
+    device: &mut dyn Device,
+    (input, n): (Input<'_>, usize),
+    (weight, norm): (&Weight, Option<&RmsNorm>),
+    (hidden, added): (&mut Buffer, &mut Buffer),
+) -> Result<(), Error> {
+    if norm.is_none() {
+        return Ok(device.linear(input, n, &mut [weight.added_to(hidden)])?);
+    }
+    device.linear(input, n, &mut [weight.part(added)])?;
+    add_normed(device, (added, n), norm, (hidden, n * weight.matrix.rows()))
+}
+
+/// `hidden += norm(added)`, for `n` rows, together `len` values.
+fn add_normed(
+    device: &mut dyn Device,
+    (added, n): (&mut Buffer, usize),
+    norm: Option<&RmsNorm>,
+    (hidden, len): (&mut Buffer, usize),
+) -> Result<(), Error> {
+    if let Some(norm) = norm {
+        device.rms_norm_inplace(norm, added, n)?;
+    }
+    Ok(device.add(hidden, added, len)?)
 }

@@ -99,7 +99,8 @@ mod tests {
     }
 
     fn open(file: &File) -> Result<Model, Error> {
-        let cpu = Cpu::open(&CpuOptions { threads: 2, isa: None }).expect("a processor");
+        let cpu = Cpu::open(&CpuOptions { threads: 2, isa: None, ..CpuOptions::default() })
+            .expect("a processor");
         Model::new(file, Box::new(cpu))
     }
 

@@ -18,7 +18,8 @@ fn key(name: &str) -> String {
 }
 
 fn open(file: &File) -> Result<Model, Error> {
-    let cpu = Cpu::open(&CpuOptions { threads: 1, isa: None }).expect("a processor");
+    let cpu = Cpu::open(&CpuOptions { threads: 1, isa: None, ..CpuOptions::default() })
+        .expect("a processor");
     Model::new(file, Box::new(cpu))
 }
 

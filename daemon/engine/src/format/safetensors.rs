@@ -310,6 +310,7 @@ fn quant(dtype: &str) -> Option<Quant> {
         "F32" => Some(Quant::F32),
         "F16" => Some(Quant::F16),
         "BF16" => Some(Quant::BF16),
+        "F8_E4M3" => Some(Quant::F8_E4M3),
         _ => None,
     }
 }

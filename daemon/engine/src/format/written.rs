@@ -42,7 +42,7 @@ impl Gguf {
 
     /// Adds a tensor; `shape` is in GGUF's order.
     pub(crate) fn tensor(self, name: &str, quant: Quant, shape: &[u64], bytes: &[u8]) -> Self {
-        self.raw_tensor(name, quant.gguf_number(), shape, bytes)
+        self.raw_tensor(name, quant.number(), shape, bytes)
     }
 
     /// Adds a tensor of any type.

@@ -1,9 +1,8 @@
 //! Attention with grouped heads (Ainslie et al. 2023) over a KV cache in blocks.
 
-use v4_kernels::{Attention as Constants, Buffer, Device, KvCache, Rope, Span};
+use v4_kernels::{Attention as Constants, Buffer, Device, Input, KvCache, RmsNorm, Rope, Span};
 
 use super::linear::Weight;
-use super::norm::Norm;
 use crate::Error;
 
 /// The attention of one layer.
@@ -18,9 +17,9 @@ pub(crate) struct Attention {
     /// `[embedding, heads * head]`.
     pub output: Weight,
     /// Of each head of the query, before it rotates.
-    pub query_norm: Option<Norm>,
+    pub query_norm: Option<RmsNorm>,
     /// Of each head of the key, before it rotates.
-    pub key_norm: Option<Norm>,
+    pub key_norm: Option<RmsNorm>,
     /// Width of a head.
     pub head_dim: usize,
     /// `[heads]`: scores that join the softmax without a value.
@@ -54,25 +53,25 @@ pub(crate) struct Scratch {
 }
 
 impl Attention {
-    /// Puts keys and values of `x` `[rows, embedding]` into the cache; the rotated query stays in
+    /// Makes query, key and value of an input `[rows, embedding]` and turns them; they stay in
     /// `scratch`.
     pub fn project(
         &self,
         device: &mut dyn Device,
-        x: &Buffer,
+        input: Input<'_>,
         (rope, place): (&Rope, Place<'_>),
         scratch: &mut Scratch,
     ) -> Result<(), Error> {
         let rows = place.positions.len();
         let Scratch { query, key, value, .. } = scratch;
         let mut parts = [self.query.part(query), self.key.part(key), self.value.part(value)];
-        device.linear(x, rows, &mut parts)?;
+        device.linear(input, rows, &mut parts)?;
         let n_kv_heads = self.key.matrix.rows() / self.head_dim;
         if let Some(norm) = &self.query_norm {
-            norm.apply_inplace(device, query, rows * self.constants.n_heads)?;
+            device.rms_norm_inplace(norm, query, rows * self.constants.n_heads)?;
         }
         if let Some(norm) = &self.key_norm {
-            norm.apply_inplace(device, key, rows * n_kv_heads)?;
+            device.rms_norm_inplace(norm, key, rows * n_kv_heads)?;
         }
         let heads = (self.constants.n_heads, self.head_dim);
         device.rope(rope, query, heads, place.positions)?;

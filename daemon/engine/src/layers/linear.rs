@@ -19,8 +19,18 @@ impl Weight {
         (self.matrix.rows() * self.matrix.cols()) as u64
     }
 
+    /// As a device takes it.
+    pub fn lent(&self) -> v4_kernels::Weight<'_> {
+        v4_kernels::Weight { matrix: &self.matrix, bias: self.bias.as_ref(), scale: self.scale }
+    }
+
     /// This product as a part of [`v4_kernels::Device::linear`].
     pub fn part<'a>(&'a self, out: &'a mut Buffer) -> Linear<'a> {
-        Linear { weight: &self.matrix, bias: self.bias.as_ref(), scale: self.scale, out }
+        Linear { weight: self.lent(), out, is_added: false }
+    }
+
+    /// The same, added to what is in `out`.
+    pub fn added_to<'a>(&'a self, out: &'a mut Buffer) -> Linear<'a> {
+        Linear { is_added: true, ..self.part(out) }
     }
 }

@@ -1,6 +1,6 @@
 //! The gated feed-forward (Shazeer 2020).
 
-use v4_kernels::{Activation, Buffer, Device};
+use v4_kernels::{Activation, Activations, Device, GateUp, Input};
 
 use super::linear::Weight;
 use crate::Error;
@@ -18,29 +18,20 @@ pub(crate) struct Mlp {
     pub activation: Activation,
 }
 
-/// Room for a feed-forward: `[rows, feed forward]` each.
-#[derive(Debug)]
-pub(crate) struct Scratch {
-    /// The gate, then the product.
-    pub gate: Buffer,
-    /// The other factor.
-    pub up: Buffer,
-}
-
 impl Mlp {
-    /// From `x` to `out`, both `[rows, embedding]`.
-    pub fn apply(
+    /// All but the last product, which reads `out`.
+    pub fn gate_up(
         &self,
         device: &mut dyn Device,
-        (x, rows): (&Buffer, usize),
-        scratch: &mut Scratch,
-        out: &mut Buffer,
+        (input, rows): (Input<'_>, usize),
+        out: &mut Activations,
     ) -> Result<(), Error> {
-        let width = self.gate.matrix.rows();
-        let mut parts = [self.gate.part(&mut scratch.gate), self.up.part(&mut scratch.up)];
-        device.linear(x, rows, &mut parts)?;
-        device.gated(self.activation, &mut scratch.gate, &scratch.up, rows * width)?;
-        device.linear(&scratch.gate, rows, &mut [self.down.part(out)])?;
-        Ok(())
+        let weights = GateUp {
+            gate: self.gate.lent(),
+            up: self.up.lent(),
+            activation: self.activation,
+            reader: &self.down.matrix,
+        };
+        Ok(device.gate_up(input, rows, &weights, out)?)
     }
 }

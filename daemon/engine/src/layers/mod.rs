@@ -4,4 +4,3 @@ pub(crate) mod attention;
 pub(crate) mod linear;
 pub(crate) mod mlp;
 pub(crate) mod moe;
-pub(crate) mod norm;

@@ -1,6 +1,6 @@
 //! A feed-forward that is a mixture of experts (Shazeer et al. 2017).
 
-use v4_kernels::{Buffer, Device, Experts, Router, Routing};
+use v4_kernels::{Buffer, Device, Experts, Input, Router, Routing};
 
 use super::linear::Weight;
 use crate::Error;
@@ -35,7 +35,7 @@ impl Moe {
         out: &mut Buffer,
     ) -> Result<(), Error> {
         let Scratch { logits, routing } = scratch;
-        device.linear(x, rows, &mut [self.router.part(logits)])?;
+        device.linear(Input::Plain(x), rows, &mut [self.router.part(logits)])?;
         device.route(&self.choice, logits, rows, routing)?;
         device.experts(&self.experts, x, rows, routing, out)?;
         Ok(())

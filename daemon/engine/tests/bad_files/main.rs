@@ -29,7 +29,10 @@ fn files(path: &Path) -> ModelFiles {
 }
 
 fn device() -> Box<Cpu> {
-    Box::new(Cpu::open(&CpuOptions { threads: 1, isa: None }).expect("a processor"))
+    Box::new(
+        Cpu::open(&CpuOptions { threads: 1, isa: None, ..CpuOptions::default() })
+            .expect("a processor"),
+    )
 }
 
 /// What a client is told when the file is loaded, which must be what it is told by `inspect`.

@@ -15,7 +15,7 @@ use v4_engine::model::{Alone, Model};
 use v4_kernels::cpu::CpuOptions;
 use v4_kernels::{Cpu, KvType};
 use v4_proto::ModelFiles;
-use vectors::{Distance, Vectors, argmax, dequantized, distance, folder};
+use vectors::{Distance, Vectors, argmax, distance, folder};
 
 const PROMPTS: [&str; 3] = ["short", "medium", "long"];
 
@@ -172,7 +172,7 @@ fn keys_and_values_in_fewer_bits_stay_near() {
         let golden = Vectors::open(&case.golden);
         for (kv_type, bound) in KV_KL {
             let bound = if case.products == Products::Int8 { KV_KL_INT8 } else { bound };
-            let model = case.open(&CpuOptions { threads: 2, isa: None });
+            let model = case.open(&CpuOptions { threads: 2, isa: None, ..CpuOptions::default() });
             let Ok(mut model) = model.with_kv_type(kv_type) else {
                 panic!("{}: {kv_type:?}", case.name());
             };
@@ -180,7 +180,8 @@ fn keys_and_values_in_fewer_bits_stay_near() {
                 let ids = golden.ints(&format!("{prompt}.input_ids"));
                 let positions = golden.ints(&format!("{prompt}.positions"));
                 let width = golden.width(&format!("{prompt}.logits"));
-                let mut exact = case.open(&CpuOptions { threads: 2, isa: None });
+                let mut exact =
+                    case.open(&CpuOptions { threads: 2, isa: None, ..CpuOptions::default() });
                 let exact = logits(&mut exact, &ids, &positions, ids.len());
                 let found = logits(&mut model, &ids, &positions, ids.len());
                 let distance = distance(&found, &exact, width);
@@ -197,10 +198,7 @@ fn keys_and_values_in_fewer_bits_stay_near() {
 }
 
 fn check_chunks(case: &Case, options: &CpuOptions, chunks: &[usize]) {
-    check_model(case, &mut case.open(options), chunks);
-}
-
-fn check_model(case: &Case, model: &mut Model, chunks: &[usize]) {
+    let model = &mut case.open(options);
     let golden = Vectors::open(&case.golden);
     for prompt in PROMPTS {
         let ids = golden.ints(&format!("{prompt}.input_ids"));
@@ -224,20 +222,18 @@ fn logits_are_golden_in_one_pass_in_chunks_and_step_by_step() {
 }
 
 #[test]
-fn quantised_files_are_golden_when_products_are_by_floats() {
+fn quantised_files_are_golden_when_products_are_exact() {
+    let options = CpuOptions { is_exact: true, ..CpuOptions::default() };
     for case in cases().into_iter().filter(|case| case.products == Products::Int8) {
-        let file = dequantized(format::read(&case.files).expect("a good file"));
-        let device = Cpu::open(&CpuOptions::default()).expect("a processor");
-        let mut model = Model::new(&file, Box::new(device)).expect("a good model");
         let case = Case { products: Products::Float, ..case };
-        check_model(&case, &mut model, &[64]);
+        check_chunks(&case, &options, &[64, 1]);
     }
 }
 
 #[test]
 fn every_instruction_set_gives_golden_logits() {
     for isa in v4_kernels::cpu::isas() {
-        let options = CpuOptions { threads: 1, isa: Some(isa.to_owned()) };
+        let options = CpuOptions { threads: 1, isa: Some(isa.to_owned()), ..CpuOptions::default() };
         for case in cases() {
             check_chunks(&case, &options, &[64]);
         }

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use v4_engine::format::{File, safetensors};
-use v4_kernels::{Bytes, Map, Quant, quant};
+use v4_engine::format::safetensors;
+use v4_kernels::Map;
 
 /// Where the vectors lie; their README says how they were made.
 pub fn folder() -> PathBuf {
@@ -50,19 +50,6 @@ impl Vectors {
         let last = *self.arrays[name].0.shape.last().expect("an array");
         usize::try_from(last).expect("fits")
     }
-}
-
-/// The same model with every tensor as float32: products are then float by float.
-pub fn dequantized(mut file: File) -> File {
-    for tensor in &mut file.tensors {
-        let n: u64 = tensor.shape.iter().product();
-        let mut values = vec![0.0f32; usize::try_from(n).expect("fits")];
-        quant::dequantize(tensor.quant, tensor.blocks().as_slice(), &mut values);
-        tensor.scales = None;
-        tensor.quant = Quant::F32;
-        tensor.bytes = Bytes::from_vec(values.iter().flat_map(|x| x.to_le_bytes()).collect());
-    }
-    file
 }
 
 /// How far rows of logits are from the golden ones.

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use v4_kernels::{
-    Activation, Attention, Buffer, Device, DeviceError, Experts, KvCache, KvShape, Linear, Matrix,
-    Quant, Rope, Router, Routing, Span,
+    Activations, Attention, Buffer, Device, DeviceError, Experts, GateUp, Input, KvCache, KvShape,
+    Linear, Matrix, Quant, RmsNorm, Rope, Router, Routing, Span,
 };
 
 use super::limits::Work;
@@ -72,7 +72,8 @@ impl Log {
 
     /// Arithmetic with weights.
     pub fn products(&self) -> u64 {
-        let products = self.events.iter().filter(|event| ["linear", "experts"].contains(&event.op));
+        let is_product = |event: &&Event| ["linear", "gate_up", "experts"].contains(&event.op);
+        let products = self.events.iter().filter(is_product);
         products.map(|event| event.work.ops()).sum()
     }
 }
@@ -167,15 +168,16 @@ pub fn product(quant: Quant, n_weights: usize, tokens: usize) -> Work {
     }
 }
 
-fn linear(rows: usize, parts: &[Linear<'_>]) -> Event {
-    let cols = parts.first().map_or(0, |part| part.weight.cols());
+/// Products of one input of `rows` rows.
+fn products(op: &'static str, rows: usize, matrices: &[&Matrix]) -> Event {
+    let cols = matrices.first().map_or(0, |matrix| matrix.cols());
     let mut work = Work { own: floats(rows * cols), ..Work::default() };
-    for Linear { weight, .. } in parts {
-        work.weights += weight.bytes().len() as u64;
-        work += product(weight.quant(), weight.rows() * weight.cols(), rows);
+    for matrix in matrices {
+        work.weights += matrix.bytes().len() as u64;
+        work += product(matrix.quant(), matrix.rows() * matrix.cols(), rows);
     }
-    let weights = parts.iter().map(|part| Read::of(part.weight)).collect();
-    Event { op: "linear", weights, width: None, work, seconds: 0.0 }
+    let weights = matrices.iter().map(|matrix| Read::of(matrix)).collect();
+    Event { op, weights, width: None, work, seconds: 0.0 }
 }
 
 /// The weights of an expert are read once, whatever the rows that go to it.
@@ -243,34 +245,24 @@ impl Device for Metered {
         self.run(coming, |device| device.embed(table, ids, scale, out))
     }
 
-    fn rms_norm(
-        &mut self,
-        x: &Buffer,
-        rows: usize,
-        weight: &Buffer,
-        eps: f32,
-        out: &mut Buffer,
-    ) -> Result {
-        let n = weight.len();
+    fn rms_norm(&mut self, norm: &RmsNorm, x: &Buffer, rows: usize, out: &mut Buffer) -> Result {
+        let n = norm.weight.len();
         let coming = self.coming(|| wide("rms_norm", n, (rows + 1) * n, 4 * rows * n));
-        self.run(coming, |device| device.rms_norm(x, rows, weight, eps, out))
+        self.run(coming, |device| device.rms_norm(norm, x, rows, out))
     }
 
-    fn rms_norm_inplace(
-        &mut self,
-        x: &mut Buffer,
-        rows: usize,
-        weight: &Buffer,
-        eps: f32,
-    ) -> Result {
-        let n = weight.len();
+    fn rms_norm_inplace(&mut self, norm: &RmsNorm, x: &mut Buffer, rows: usize) -> Result {
+        let n = norm.weight.len();
         let coming = self.coming(|| wide("rms_norm_inplace", n, (rows + 1) * n, 4 * rows * n));
-        self.run(coming, |device| device.rms_norm_inplace(x, rows, weight, eps))
+        self.run(coming, |device| device.rms_norm_inplace(norm, x, rows))
     }
 
-    fn linear(&mut self, x: &Buffer, rows: usize, parts: &mut [Linear<'_>]) -> Result {
-        let coming = self.coming(|| linear(rows, parts));
-        self.run(coming, |device| device.linear(x, rows, parts))
+    fn linear(&mut self, input: Input<'_>, rows: usize, parts: &mut [Linear<'_>]) -> Result {
+        let coming = self.coming(|| {
+            let matrices: Vec<&Matrix> = parts.iter().map(|part| part.weight.matrix).collect();
+            products("linear", rows, &matrices)
+        });
+        self.run(coming, |device| device.linear(input, rows, parts))
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer, len: usize) -> Result {
@@ -278,16 +270,16 @@ impl Device for Metered {
         self.run(coming, |device| device.add(x, y, len))
     }
 
-    fn gated(
+    fn gate_up(
         &mut self,
-        activation: Activation,
-        gate: &mut Buffer,
-        up: &Buffer,
-        len: usize,
+        input: Input<'_>,
+        rows: usize,
+        weights: &GateUp<'_>,
+        out: &mut Activations,
     ) -> Result {
-        // A function, a sum, a quotient and a product.
-        let coming = self.coming(|| plain("gated", 2 * len, 4 * len));
-        self.run(coming, |device| device.gated(activation, gate, up, len))
+        let coming =
+            self.coming(|| products("gate_up", rows, &[weights.gate.matrix, weights.up.matrix]));
+        self.run(coming, |device| device.gate_up(input, rows, weights, out))
     }
 
     fn route(
@@ -377,7 +369,7 @@ impl Device for Metered {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use v4_kernels::{Bytes, Cpu, ExpertWeights, KvType, cpu::CpuOptions};
+    use v4_kernels::{Activation, Bytes, Cpu, ExpertWeights, KvType, Weight, cpu::CpuOptions};
 
     #[test]
     fn attention_reads_what_each_span_sees() {
@@ -403,7 +395,8 @@ mod tests {
 
     #[test]
     fn an_expert_is_read_once_and_multiplied_by_the_rows_that_chose_it() {
-        let mut cpu = Cpu::open(&CpuOptions { threads: 1, isa: None }).unwrap();
+        let mut cpu =
+            Cpu::open(&CpuOptions { threads: 1, isa: None, ..CpuOptions::default() }).unwrap();
         let part = |rows: usize, cols: usize| {
             let bytes = Bytes::from_vec(vec![0; rows * Quant::Q8_0.row_bytes(cols).unwrap()]);
             let matrix = Matrix::new(Quant::Q8_0, rows, cols, bytes).unwrap();
@@ -425,7 +418,8 @@ mod tests {
 
     #[test]
     fn a_meter_writes_down_products_while_it_is_on() {
-        let cpu = Cpu::open(&CpuOptions { threads: 1, isa: None }).unwrap();
+        let cpu =
+            Cpu::open(&CpuOptions { threads: 1, isa: None, ..CpuOptions::default() }).unwrap();
         let meter = Meter::default();
         let mut device = Metered::new(Box::new(cpu), meter.clone());
         let matrix = |quant: Quant| {
@@ -439,9 +433,12 @@ mod tests {
             let mut parts: Vec<Linear<'_>> = weights
                 .iter()
                 .zip(&mut outs)
-                .map(|(weight, out)| Linear { weight, bias: None, scale: 1.0, out })
+                .map(|(matrix, out)| {
+                    let weight = Weight { matrix, bias: None, scale: 1.0 };
+                    Linear { weight, out, is_added: false }
+                })
                 .collect();
-            device.linear(&x, 2, &mut parts).unwrap();
+            device.linear(Input::Plain(&x), 2, &mut parts).unwrap();
         };
         product(&mut device);
         let ((), log) = meter.during(|| product(&mut device));

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use v4_kernels::{Buffer, Bytes, Device, Linear, Matrix, Quant};
+use v4_kernels::{Buffer, Bytes, Device, Input, Linear, Matrix, Quant, Weight};
 
 use super::limits::{Around, Prober, Work};
 use super::meter::product;
@@ -140,8 +140,9 @@ fn seconds(
     let mut out = device.buffer(tokens * rows)?;
     device.write(&Noise::new(4).floats(tokens * cols), &mut x, 0)?;
     let product = |device: &mut dyn Device, weight: &Matrix, out: &mut Buffer| {
-        let part = Linear { weight, bias: None, scale: 1.0, out };
-        device.linear(&x, tokens, &mut [part])
+        let weight = Weight { matrix: weight, bias: None, scale: 1.0 };
+        let part = Linear { weight, out, is_added: false };
+        device.linear(Input::Plain(&x), tokens, &mut [part])
     };
     product(device, &weights[0], &mut out)?;
     let mut samples = Vec::new();
