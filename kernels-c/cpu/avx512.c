@@ -608,6 +608,13 @@ ALWAYS_INLINE void panel_tile(const void *panel, size_t rows, const struct v4_ac
         find_corrections(x, first, n, block, in_block, offset, pairs, mins, correction);
         for (size_t g = 0; g < in_block; g++) {
             const int8_t *q = x->q + first * x->cols + (block + g) * V4_ACT_GROUP;
+            if (g % 2 == 0) {
+                /* What the next tile reads: a panel has too few rows to hide a third cache. */
+                UNROLL
+                for (int t = 0; t < n; t++) {
+                    _mm_prefetch((const char *)(q + (size_t)(n + t) * x->cols), _MM_HINT_T1);
+                }
+            }
             const float *d = x->d + first * groups + block + g;
             panel_group_product(panel_group(panel, block + g, pairs, mins), q, x->cols, d, groups,
                                 n, pairs, mins, wide, correction, g, acc);
