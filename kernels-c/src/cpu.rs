@@ -104,6 +104,10 @@ impl Device for Cpu {
         format!("cpu ({}, {} threads{exact})", self.isa.name(), self.pool.threads())
     }
 
+    fn set_threads(&mut self, threads: usize) {
+        self.pool.set_threads(threads);
+    }
+
     fn buffer(&self, len: usize) -> Result<Buffer> {
         HostBuffer::new(len).map(Buffer::Host)
     }

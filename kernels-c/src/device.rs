@@ -411,6 +411,9 @@ pub trait Device: Send {
     /// The device and what it computes with, for people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
+    /// Computes with at most this many threads from now on, where it has any: others need the cores.
+    fn set_threads(&mut self, _threads: usize) {}
+
     /// `len` zeros.
     fn buffer(&self, len: usize) -> Result<Buffer>;
 

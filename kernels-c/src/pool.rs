@@ -10,7 +10,7 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
@@ -70,6 +70,8 @@ struct Shared {
     left: Vec<Apart<Range>>,
     job: UnsafeCell<Option<Job>>,
     stopping: AtomicBool,
+    /// Threads that jobs are given to, the caller's counted. It changes between jobs only.
+    active: AtomicUsize,
     /// The first panic of a worker in this job.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// A flag a worker: it is parked, or about to.
@@ -145,6 +147,7 @@ impl Pool {
             left: (0..=n_workers).map(|_| Apart(Range::default())).collect(),
             job: UnsafeCell::new(None),
             stopping: AtomicBool::new(false),
+            active: AtomicUsize::new(n_workers + 1),
             panic: Mutex::new(None),
             asleep: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
         });
@@ -161,7 +164,14 @@ impl Pool {
 
     /// Threads that compute, the caller's counted.
     pub fn threads(&self) -> usize {
-        self.workers.len() + 1
+        self.shared.active.load(Ordering::Relaxed)
+    }
+
+    /// Gives the jobs that follow to `threads` threads: at least to the caller's, at most to all
+    /// that were started. The others sleep.
+    pub fn set_threads(&mut self, threads: usize) {
+        let threads = threads.clamp(1, self.workers.len() + 1);
+        self.shared.active.store(threads, Ordering::SeqCst);
     }
 
     /// Calls `work` once for each share below `n_shares`, on the threads of the pool, and returns
@@ -170,7 +180,7 @@ impl Pool {
     /// # Panics
     /// When `work` does; shares not yet taken are then left.
     pub fn run(&mut self, n_shares: usize, work: &Work<'_>) {
-        if self.workers.is_empty() || n_shares < 2 {
+        if self.threads() == 1 || n_shares < 2 {
             for share in 0..n_shares {
                 work(share, &mut self.scratch);
             }
@@ -199,11 +209,12 @@ impl Pool {
         let shared = &*self.shared;
         // SAFETY: the state is closed and no worker is active: nobody else looks at `job`.
         unsafe { *shared.job.get() = Some(Job { work, caller: thread::current() }) };
-        shared.divide(n_shares);
+        let threads = self.threads().min(n_shares);
+        shared.divide(n_shares, threads);
         // Sequentially consistent against a worker's `asleep`: either it sees the job, or we see
         // that it sleeps.
         shared.state.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
-        for (asleep, worker) in shared.asleep.iter().zip(&self.workers).take(n_shares - 1) {
+        for (asleep, worker) in shared.asleep.iter().zip(&self.workers).take(threads - 1) {
             if asleep.swap(false, Ordering::SeqCst) {
                 worker.thread().unpark();
             }
@@ -250,10 +261,9 @@ impl Shared {
         }
     }
 
-    /// Gives each thread as many shares as the others, in order.
-    fn divide(&self, n_shares: usize) {
+    /// Gives each of the first threads as many shares as the others, in order.
+    fn divide(&self, n_shares: usize, threads: usize) {
         assert!(n_shares as u64 <= END, "{n_shares} shares are more than can be counted");
-        let threads = self.left.len().min(n_shares);
         for (thread, left) in self.left.iter().enumerate() {
             let cut = |thread: usize| thread.min(threads) * n_shares / threads;
             left.0.set(cut(thread), cut(thread + 1));
@@ -265,12 +275,19 @@ impl Shared {
         self.left.iter().for_each(|left| left.0.set(0, 0));
     }
 
+    /// Whether `state` is an open job for this worker that it has not `seen`. The number of threads
+    /// is looked at after the state, so that it is the job's or a later one's.
+    fn is_for(&self, index: usize, state: u64, seen: u64) -> bool {
+        let is_new = state & OPEN != 0 && state / EPOCH != seen;
+        is_new && index + 1 < self.active.load(Ordering::SeqCst)
+    }
+
     /// Waits for an open job that is not `seen`; `None` when the pool stops.
     fn await_job(&self, index: usize, seen: u64) -> Option<u64> {
         let mut turns = 0;
         loop {
             let state = self.state.load(Ordering::SeqCst);
-            if state & OPEN != 0 && state / EPOCH != seen {
+            if self.is_for(index, state, seen) {
                 return Some(state);
             }
             if self.stopping.load(Ordering::SeqCst) {
@@ -279,8 +296,7 @@ impl Shared {
             wait(&mut turns, || {
                 self.asleep[index].store(true, Ordering::SeqCst);
                 let state = self.state.load(Ordering::SeqCst);
-                let idle = state & OPEN == 0 || state / EPOCH == seen;
-                if idle && !self.stopping.load(Ordering::SeqCst) {
+                if !self.is_for(index, state, seen) && !self.stopping.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 self.asleep[index].store(false, Ordering::SeqCst);
@@ -348,8 +364,6 @@ fn wait(turns: &mut u32, park: impl FnOnce()) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
-
     use super::*;
 
     #[test]
@@ -390,6 +404,36 @@ mod tests {
             });
         }
         assert_eq!(total.into_inner(), 200_000);
+    }
+
+    /// With fewer threads the others sleep, and with more again they work.
+    #[test]
+    fn a_job_is_done_by_as_many_threads_as_it_may() {
+        let mut pool = Pool::new(4).unwrap();
+        for (wanted, threads) in [(2, 2), (1, 1), (3, 3), (0, 1), (9, 4), (2, 2), (4, 4)] {
+            pool.set_threads(wanted);
+            assert_eq!(pool.threads(), threads);
+            for _ in 0..200 {
+                let seen = Mutex::new(std::collections::HashSet::new());
+                let n_done = AtomicUsize::new(0);
+                pool.run(64, &|_, _| {
+                    seen.lock().unwrap().insert(thread::current().id());
+                    n_done.fetch_add(1, Ordering::Relaxed);
+                });
+                assert_eq!(n_done.into_inner(), 64);
+                assert!(seen.into_inner().unwrap().len() <= threads);
+            }
+        }
+        // Shares that wait for each other: all of them are there again.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let arrived = AtomicUsize::new(0);
+        pool.run(4, &|_, _| {
+            arrived.fetch_add(1, Ordering::SeqCst);
+            while arrived.load(Ordering::SeqCst) < 4 {
+                assert!(std::time::Instant::now() < deadline, "a worker did not wake");
+                thread::yield_now();
+            }
+        });
     }
 
     #[test]

@@ -128,6 +128,11 @@ impl Engine {
         all.filter(|active| active.id == id).for_each(|active| active.is_cancelled = true);
     }
 
+    /// Computes with at most this many threads from the next step on.
+    pub fn set_threads(&mut self, threads: u32) {
+        self.model.device_mut().set_threads(threads as usize);
+    }
+
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()

@@ -139,6 +139,11 @@ pub enum ToRunner {
         /// Which.
         id: RequestId,
     },
+    /// Compute with at most this many threads from the next step on: other runners work too.
+    Cores {
+        /// At least one.
+        threads: u32,
+    },
     /// Take nothing new, finish what runs until the deadline, answer `Drained`, exit 0.
     Drain {
         /// Milliseconds from now.

@@ -48,6 +48,8 @@ pub trait Backend: 'static {
     fn submit(engine: &mut Self::Engine, id: RequestId, sequence: Self::Sequence);
     /// Ends a sequence at the next step.
     fn cancel(engine: &mut Self::Engine, id: RequestId);
+    /// Computes with at most this many threads from the next step on.
+    fn set_threads(engine: &mut Self::Engine, threads: u32);
     /// One step; `false` when nothing is left to do.
     fn step(engine: &mut Self::Engine, on_event: OnEvent<'_>) -> Result<bool, Fault>;
     /// The figures of now.

@@ -54,6 +54,10 @@ impl Backend for Native {
         engine.cancel(id);
     }
 
+    fn set_threads(engine: &mut Engine, threads: u32) {
+        engine.set_threads(threads);
+    }
+
     fn step(engine: &mut Engine, on_event: OnEvent<'_>) -> Result<bool, Fault> {
         engine.step(on_event).map_err(|error| told(&error))
     }

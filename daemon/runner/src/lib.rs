@@ -120,6 +120,7 @@ fn read<B: Backend>(
             ToRunner::Load { files, options } => Order::Load(files, options),
             ToRunner::Inspect { files } => Order::Inspect(files),
             ToRunner::Cancel { id } => Order::Cancel(id),
+            ToRunner::Cores { threads } => Order::Cores(threads),
             ToRunner::Drain { deadline_ms } => Order::Drain(Duration::from_millis(deadline_ms)),
             ToRunner::Generate { id, request } => match prepare(shared, id, &request) {
                 Ok(order) => order,

@@ -24,6 +24,7 @@ struct Fake;
 struct FakeEngine {
     sequences: Vec<(RequestId, String, u32)>,
     cancelled: Vec<RequestId>,
+    threads: u32,
     steps: u64,
 }
 
@@ -101,6 +102,10 @@ impl Backend for Fake {
         engine.cancelled.push(id);
     }
 
+    fn set_threads(engine: &mut FakeEngine, threads: u32) {
+        engine.threads = threads;
+    }
+
     fn step(engine: &mut FakeEngine, on_event: OnEvent<'_>) -> Result<bool, Fault> {
         engine.steps += 1;
         let mut fault = None;
@@ -125,6 +130,12 @@ impl Backend for Fake {
                     return false;
                 }
                 _ => {}
+            }
+            if text == "threads" {
+                let text = engine.threads.to_string();
+                on_event(*id, Event::Delta(Delta { text, ..Delta::default() }));
+                on_event(*id, done(Finish::Stop));
+                return false;
             }
             let n_wanted: u32 = text.parse().unwrap_or(u32::MAX);
             if *n == n_wanted {
@@ -294,6 +305,20 @@ fn a_request_gets_its_deltas_and_one_end() {
         .collect();
     assert_eq!(texts, ["1", "2", "3"]);
     assert_eq!(events.last(), Some(&(7, done(Finish::Stop))));
+    daemon.leave().expect("the end of the socket is an order to leave");
+}
+
+#[test]
+fn threads_are_as_many_as_the_daemon_said_last() {
+    let mut daemon = Daemon::ready::<Fake>();
+    for threads in [3, 1, 2] {
+        daemon.send(&ToRunner::Cores { threads });
+        daemon.ask(7, "threads");
+        match daemon.events_until_end(7).first() {
+            Some((7, Event::Delta(delta))) => assert_eq!(delta.text, threads.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
     daemon.leave().expect("the end of the socket is an order to leave");
 }
 

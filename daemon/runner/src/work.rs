@@ -31,6 +31,8 @@ pub enum Order<B: Backend> {
     Submit(RequestId, B::Sequence),
     /// Stop answering it.
     Cancel(RequestId),
+    /// Compute with this many threads.
+    Cores(u32),
     /// Take nothing new; finish within this time.
     Drain(Duration),
 }
@@ -115,6 +117,11 @@ impl<B: Backend> Worker<B> {
                     && self.live.contains(&id)
                 {
                     B::cancel(engine, id);
+                }
+            }
+            Order::Cores(threads) => {
+                if let Some(engine) = &mut self.engine {
+                    B::set_threads(engine, threads);
                 }
             }
             Order::Drain(time) => {

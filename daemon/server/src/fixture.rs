@@ -204,6 +204,7 @@ impl Actor {
                     self.n_cancelled.fetch_add(1, Ordering::SeqCst);
                     self.stop.store(true, Ordering::SeqCst);
                 }
+                ToRunner::Cores { .. } => {}
                 ToRunner::Drain { .. } => return self.send(&FromRunner::Drained),
             }
         }

@@ -16,6 +16,33 @@ pub(crate) fn budget_bytes() -> u64 {
     available / 100 * limits::MEMORY_SHARE_PERCENT
 }
 
+/// Physical cores that this process may use, as far as the machine says which share one: two threads
+/// of a core multiply no faster than one.
+pub(crate) fn cores() -> u32 {
+    let logical = std::thread::available_parallelism().map_or(1, usize::from);
+    let text = read(&RealFs, Path::new("/proc/cpuinfo"));
+    let physical = text.map_or(0, |text| physical_cores(&text));
+    let cores = if physical == 0 { logical } else { physical.min(logical) };
+    u32::try_from(cores).unwrap_or(u32::MAX)
+}
+
+/// Different cores in `/proc/cpuinfo`; 0 where it does not number them.
+fn physical_cores(cpuinfo: &str) -> usize {
+    let mut socket = "";
+    let mut cores = std::collections::BTreeSet::new();
+    for line in cpuinfo.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        match key.trim() {
+            "physical id" => socket = value.trim(),
+            "core id" => {
+                cores.insert((socket, value.trim()));
+            }
+            _ => {}
+        }
+    }
+    cores.len()
+}
+
 /// `MemAvailable` of the machine, or what the narrowest control group leaves, if that is less.
 fn available_bytes(files: &dyn Fs) -> Option<u64> {
     let machine = read(files, Path::new("/proc/meminfo")).and_then(|text| meminfo(&text));
@@ -63,6 +90,18 @@ fn left_bytes(max: &str, current: &str, stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_of_one_core_count_once() {
+        let line = |socket, core| {
+            format!("processor\t: 0\nphysical id\t: {socket}\ncore id\t\t: {core}\n\n")
+        };
+        let text: String =
+            [(0, 0), (0, 0), (0, 1), (0, 1), (1, 0)].map(|(s, c)| line(s, c)).concat();
+        assert_eq!(physical_cores(&text), 3);
+        assert_eq!(physical_cores("processor\t: 0\nBogoMIPS\t: 48\n"), 0);
+        assert!(cores() > 0);
+    }
 
     #[test]
     fn the_kernels_files_are_understood() {

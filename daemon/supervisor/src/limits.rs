@@ -62,4 +62,4 @@ pub const SCRATCH_BYTES: u64 = 128 << 20;
 /// not say: the rest is for the page cache of everybody else.
 pub const MEMORY_SHARE_PERCENT: u64 = 85;
 /// Bytes read of one file of `/proc` or of a control group.
-pub const INVENTORY_FILE_BYTES: usize = 64 << 10;
+pub const INVENTORY_FILE_BYTES: usize = 1 << 20;

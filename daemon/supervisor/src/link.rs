@@ -27,6 +27,7 @@ pub(crate) enum Command {
     Load { files: ModelFiles, options: LoadOptions },
     Generate { id: AskId, route: Route },
     Cancel { id: AskId },
+    Cores { threads: u32 },
     Drain { deadline: Duration },
 }
 
@@ -360,6 +361,7 @@ impl Link {
                 self.writer.send_bytes(frame)
             }
             Command::Cancel { id } => self.cancel(id),
+            Command::Cores { threads } => self.writer.send(&ToRunner::Cores { threads }),
             Command::Drain { deadline } => {
                 self.leave_by = Some(Instant::now() + deadline);
                 let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);

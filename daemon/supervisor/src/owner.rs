@@ -82,7 +82,6 @@ pub(crate) struct Owner {
     state: policy::State,
     started: Instant,
     launch: Launch,
-    threads: u32,
     kv_type: KvType,
     precision: Precision,
     isa: Option<String>,
@@ -102,6 +101,7 @@ impl Owner {
             slots: config.slots,
             context: config.context,
             kv_type: config.kv_type,
+            threads: if config.threads == 0 { inventory::cores() } else { config.threads },
             spare: config.spare,
             keep_alive: config.keep_alive,
         };
@@ -111,7 +111,6 @@ impl Owner {
             state: policy::State::new(rules),
             started: Instant::now(),
             launch,
-            threads: config.threads,
             kv_type: config.kv_type,
             precision: config.precision,
             isa: config.isa.clone(),
@@ -226,6 +225,7 @@ impl Owner {
             Effect::Load { runner, model } => self.load(runner, &model),
             Effect::Send { runner, ask, load } => self.send(runner, ask, load),
             Effect::Cancel { runner, ask } => self.tell(runner, Command::Cancel { id: ask }),
+            Effect::Cores { runner, threads } => self.tell(runner, Command::Cores { threads }),
             Effect::Stop { runner, deadline } => {
                 tracing::info!(runner, ?deadline, "runner is told to leave");
                 self.tell(runner, Command::Drain { deadline });
@@ -253,7 +253,7 @@ impl Owner {
             device: "cpu".into(),
             context: model.context,
             slots: model.slots,
-            threads: self.threads,
+            threads: self.state.threads(),
             kv_type: self.kv_type,
             precision: self.precision,
             isa: self.isa.clone(),

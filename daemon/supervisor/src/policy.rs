@@ -11,6 +11,7 @@
 //! - Memory is counted from the decision to load until the process is gone.
 //! - Room is made by unloading idle models, the longest idle first. A busy one gets nothing new and
 //!   leaves when its answers have ended; a running answer is never cut for memory.
+//! - Cores are divided among the runners that answer, and one that answers alone has all.
 //! - A name routes to one runner. Its replacement loads beside it where both fit, else after it.
 
 use std::{
@@ -49,6 +50,8 @@ pub struct Rules {
     pub context: u32,
     /// How keys and values are kept.
     pub kv_type: KvType,
+    /// Threads that compute, of all runners together; more only where there are more busy runners.
+    pub threads: u32,
     /// Whether a started runner is kept ready.
     pub spare: bool,
     /// For loads that nobody asked for by a request.
@@ -252,6 +255,13 @@ pub enum Effect {
         /// Which ask.
         ask: AskId,
     },
+    /// Send `Cores`.
+    Cores {
+        /// To which runner.
+        runner: RunnerId,
+        /// Its share.
+        threads: u32,
+    },
     /// Send `Drain`; kill it some time after the deadline.
     Stop {
         /// Which.
@@ -314,6 +324,8 @@ pub struct Runner {
     /// Bytes it takes: the estimate, then its own figure.
     pub bytes: u64,
     running: BTreeMap<AskId, Pending>,
+    /// Threads it was last told to compute with.
+    threads: u32,
     keep_alive: KeepAlive,
     /// When its last answer ended, or it became ready.
     idle_since: Time,
@@ -327,12 +339,13 @@ pub struct Runner {
 }
 
 impl Runner {
-    fn new() -> Self {
+    fn new(threads: u32) -> Self {
         Self {
             phase: Phase::Starting,
             model: None,
             bytes: 0,
             running: BTreeMap::new(),
+            threads,
             keep_alive: KeepAlive::Forever,
             idle_since: Time::ZERO,
             used_at: Time::ZERO,
@@ -553,6 +566,11 @@ impl State {
         self.names.get(&key(name)).is_some_and(|name| name.runner.is_some())
     }
 
+    /// Threads that a runner computes with when it is loaded.
+    pub fn threads(&self) -> u32 {
+        self.rules.threads
+    }
+
     /// Whether a shutdown is complete.
     pub fn is_over(&self) -> bool {
         self.closing && self.runners.is_empty()
@@ -610,7 +628,26 @@ pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
         Event::Tick => {}
     }
     plan::settle(state, &mut turn);
+    share_cores(state, &mut turn);
     turn.effects
+}
+
+/// Divides the threads among the runners that answer, the earliest started first with what is left
+/// over. An idle one keeps its share until it is given work.
+fn share_cores(state: &mut State, turn: &mut Turn) {
+    let threads = state.rules.threads.max(1);
+    let is_busy = |runner: &Runner| !runner.running.is_empty();
+    let n_busy = state.runners.values().filter(|runner| is_busy(runner)).count();
+    let n_busy = u32::try_from(n_busy).unwrap_or(u32::MAX).max(1);
+    let (each, mut left) = (threads / n_busy, threads % n_busy);
+    for (&id, runner) in state.runners.iter_mut().filter(|(_, runner)| is_busy(runner)) {
+        let share = (each + u32::from(left > 0)).max(1);
+        left = left.saturating_sub(1);
+        if runner.threads != share {
+            runner.threads = share;
+            turn.effects.push(Effect::Cores { runner: id, threads: share });
+        }
+    }
 }
 
 /// An ask is refused at once, or waits for the plan to find it a place.

@@ -387,7 +387,8 @@ fn keep_spare(state: &mut State, turn: &mut Turn) {
 fn spawn(state: &mut State, turn: &mut Turn) -> RunnerId {
     let id = state.next_runner;
     state.next_runner += 1;
-    state.runners.insert(id, Runner { keep_alive: KeepAlive::Forever, ..Runner::new() });
+    let threads = state.rules.threads;
+    state.runners.insert(id, Runner { keep_alive: KeepAlive::Forever, ..Runner::new(threads) });
     turn.effects.push(Effect::Spawn(id));
     id
 }

@@ -41,6 +41,7 @@ fn rules() -> Rules {
         slots: 2,
         context: 4096,
         kv_type: KvType::F16,
+        threads: 1,
         spare: false,
         keep_alive: KeepAlive::For(secs(300)),
     }
@@ -58,6 +59,7 @@ fn spell(effect: &Effect) -> String {
         }
         Effect::Send { runner, ask, .. } => format!("send {runner} #{ask}"),
         Effect::Cancel { runner, ask } => format!("cancel {runner} #{ask}"),
+        Effect::Cores { runner, threads } => format!("cores {runner} {threads}"),
         Effect::Stop { runner, .. } => format!("stop {runner}"),
         Effect::Done { ask, .. } => format!("done #{ask}"),
         Effect::Fail { ask, fault } => format!("fail #{ask} {:?}", fault.code),
@@ -515,6 +517,34 @@ fn a_runner_that_takes_more_than_its_header_said_is_paid_by_idle_ones() {
     story.loaded(2, 700, "send 2 #2; stop 1");
 }
 
+#[test]
+fn cores_are_divided_among_those_that_answer() {
+    let mut story = Story::new(Rules { threads: 5, ..rules() });
+    story.ask(1, ("a", 300), "spawn 1");
+    story.started(1, "load 1 a");
+    story.loaded(1, 300, "send 1 #1");
+    story.ask(2, ("b", 300), "spawn 2");
+    story.started(2, "load 2 b");
+    story.loaded(2, 300, "send 2 #2; cores 1 3; cores 2 2");
+    story.ask(3, ("a", 300), "send 1 #3");
+    story.ended(1, 1, "");
+    // Idle, it gives its cores to the other, and has its share again with its next answer.
+    story.ended(1, 3, "cores 2 5");
+    story.ask(4, ("a", 300), "send 1 #4; cores 2 2");
+    story.gone(2, Cause::Died, &[2], "fail #2 RunnerDied; cores 1 5");
+}
+
+#[test]
+fn each_runner_has_a_core_even_where_there_are_too_few() {
+    let mut story = Story::new(rules());
+    story.ask(1, ("a", 300), "spawn 1");
+    story.started(1, "load 1 a");
+    story.loaded(1, 300, "send 1 #1");
+    story.ask(2, ("b", 300), "spawn 2");
+    story.started(2, "load 2 b");
+    story.loaded(2, 300, "send 2 #2");
+}
+
 mod random {
     //! Random histories: the world plays clients and runners in any order that real ones could.
 
@@ -544,8 +574,11 @@ mod random {
         started: bool,
         loading: Option<u64>,
         running: BTreeMap<AskId, bool>,
+        threads: u32,
         stopping: bool,
     }
+
+    const THREADS: u32 = 4;
 
     struct World {
         state: State,
@@ -564,7 +597,7 @@ mod random {
         fn new(seed: u64) -> Self {
             let spare = seed.is_multiple_of(2);
             Self {
-                state: State::new(Rules { spare, ..rules() }),
+                state: State::new(Rules { spare, threads: THREADS, ..rules() }),
                 now: secs(1),
                 dice: Dice(seed),
                 processes: BTreeMap::new(),
@@ -584,7 +617,8 @@ mod random {
             for effect in step(&mut self.state, event, self.now) {
                 match effect {
                     Effect::Spawn(id) => {
-                        assert!(self.processes.insert(id, Process::default()).is_none());
+                        let process = Process { threads: THREADS, ..Process::default() };
+                        assert!(self.processes.insert(id, process).is_none());
                     }
                     Effect::Load { runner, model } => {
                         let process = self.processes.get_mut(&runner).expect("a live runner");
@@ -596,6 +630,9 @@ mod random {
                         assert!(!process.stopping, "work for a runner that was told to leave");
                         process.running.insert(ask, false);
                         assert!(process.running.len() <= 2, "more than the slots");
+                    }
+                    Effect::Cores { runner, threads } => {
+                        self.processes.get_mut(&runner).expect("a live runner").threads = threads;
                     }
                     Effect::Cancel { runner, ask } => {
                         assert!(self.processes[&runner].running.contains_key(&ask));
@@ -621,6 +658,12 @@ mod random {
                 assert!(name.queue.len() + name.swaps.len() <= 3 + slots, "queue bound");
             }
             assert!(self.ends.values().all(|n| *n <= 1), "two ends");
+            let busy = self.processes.values().filter(|process| !process.running.is_empty());
+            let shares: Vec<u32> = busy.map(|process| process.threads).collect();
+            let n = u32::try_from(shares.len()).expect("few");
+            assert!(shares.iter().all(|threads| *threads > 0), "{shares:?}");
+            let is_fair = n == 0 || shares.iter().sum::<u32>() == THREADS.max(n);
+            assert!(is_fair, "{shares:?}");
         }
 
         /// An end that the runner gives: by the policy's word only if the client has left.

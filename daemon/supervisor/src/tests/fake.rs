@@ -114,6 +114,7 @@ impl Fake {
                     self.end(id, Finish::Cancelled);
                 }
             }
+            ToRunner::Cores { .. } => {}
             ToRunner::Drain { .. } => {
                 for (id, last_words) in std::mem::take(&mut self.waiting) {
                     if let Some(text) = last_words {

@@ -217,6 +217,10 @@ impl Device for Metered {
         self.device.describe()
     }
 
+    fn set_threads(&mut self, threads: usize) {
+        self.device.set_threads(threads);
+    }
+
     fn buffer(&self, len: usize) -> Result<Buffer> {
         self.device.buffer(len)
     }
