@@ -17,6 +17,7 @@ pub mod format;
 mod inspect;
 pub mod kv;
 mod layers;
+mod limits;
 pub mod load;
 pub mod model;
 pub mod prepare;

@@ -1,23 +1,26 @@
 //! The loop: take sequences in, plan a step, run it, choose tokens, say what came of it.
 
+mod active;
+mod persist;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use v4_kernels::{KvCache, Span};
 use v4_proto::frame::{RequestId, Stats};
-use v4_proto::{Delta, Done, Event, Finish, Usage};
+use v4_proto::{Event, Finish};
 
-use crate::Error;
-use crate::dialect::Reader;
 use crate::kv::blocks::{BLOCK_TOKENS, Pool, blocks_for};
+use crate::kv::chain::Chain;
 use crate::kv::prefix::Prefix;
 use crate::model::{Batch, Model};
 use crate::prepare::Sequence;
-use crate::sample::Sampler;
 use crate::schedule::{self, Load, Plan};
-use crate::text::Detokenizer;
 use crate::tokenizer::Tokenizer;
+use crate::{Error, limits};
+use active::{Active, Lookup};
+use persist::Persist;
 
 /// Hears the events of requests.
 pub type Emit<'a> = &'a mut dyn FnMut(RequestId, Event);
@@ -29,6 +32,10 @@ pub struct Engine {
     kv: KvCache,
     pool: Pool,
     prefix: Prefix,
+    /// The blocks on disk.
+    persist: Option<Persist>,
+    /// What all chains of blocks begin with.
+    root: Chain,
     slots: usize,
     /// In the batch, oldest first.
     running: Vec<Active>,
@@ -49,30 +56,6 @@ struct Rows {
     slots: Vec<u32>,
     /// Rows whose logits are wanted.
     wanted: Vec<u32>,
-}
-
-/// A sequence that is being worked on.
-#[derive(Debug)]
-struct Active {
-    id: RequestId,
-    /// Prompt and answer.
-    tokens: Vec<u32>,
-    n_prompt: usize,
-    /// How many of `tokens` are in the KV cache.
-    cached: usize,
-    blocks: Vec<u32>,
-    context: usize,
-    max_tokens: usize,
-    sampler: Sampler,
-    detokenizer: Detokenizer,
-    reader: Option<Reader>,
-    visible: Vec<u32>,
-    usage: Usage,
-    is_cancelled: bool,
-    /// When work on it began.
-    started: Option<Instant>,
-    /// When its prompt had been read.
-    read: Option<Instant>,
 }
 
 impl Engine {
@@ -106,6 +89,8 @@ impl Engine {
             tokenizer,
             kv,
             prefix: Prefix::default(),
+            persist: None,
+            root: Chain::default(),
             slots,
             running: Vec::new(),
             waiting: VecDeque::new(),
@@ -118,7 +103,9 @@ impl Engine {
 
     /// Takes a sequence in. Its events come from [`Engine::step`].
     pub fn submit(&mut self, id: RequestId, sequence: Sequence) {
-        self.waiting.push_back(Active::new(id, sequence));
+        let mut active = Active::new(id, sequence);
+        self.root.extend(&mut active.chains, &active.tokens);
+        self.waiting.push_back(active);
     }
 
     /// Ends a sequence: the next step says [`Finish::Cancelled`] and does no more for it. An id
@@ -142,6 +129,9 @@ impl Engine {
             blocks_used: as_u32(total - self.available()),
             blocks_total: as_u32(total),
             steps: self.steps,
+            blocks_saved: self.persist.as_ref().map_or(0, |persist| persist.n_saved),
+            blocks_restored: self.persist.as_ref().map_or(0, |persist| persist.n_restored),
+            ..Stats::default()
         }
     }
 
@@ -152,8 +142,10 @@ impl Engine {
     /// to them as [`Event::Failed`].
     pub fn step(&mut self, emit: Emit<'_>) -> Result<bool, Error> {
         self.end_cancelled(emit);
+        self.take_fetched(limits::RESTORE_STEP_BYTES);
         self.admit();
         if self.running.is_empty() {
+            self.wait_for_fetched();
             return Ok(!self.waiting.is_empty());
         }
         let loads = self.loads();
@@ -171,12 +163,13 @@ impl Engine {
         }
         self.steps += 1;
         self.measure(&plan, began.elapsed());
+        self.save(limits::SAVE_STEP_BLOCKS);
         Ok(!self.is_idle())
     }
 
     /// Blocks that are free or can be made so.
     fn available(&self) -> usize {
-        self.pool.n_free() + self.prefix.n_idle(&self.pool)
+        self.pool.n_free() + self.prefix.n_idle()
     }
 
     /// The running sequences in counts, oldest first.
@@ -209,19 +202,30 @@ impl Engine {
     }
 
     /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them.
+    /// One whose blocks are on their way from disk keeps its place.
     fn admit(&mut self) {
         let running = self.loads();
         let waiting: Vec<Load> = self.waiting.iter().map(Active::load).collect();
         let n = schedule::admit(self.slots, &running, &waiting, self.available());
-        for mut active in self.waiting.drain(..n) {
-            active.blocks = self.prefix.find(&mut self.pool, &active.tokens);
-            active.cached = active.blocks.len() * BLOCK_TOKENS;
-            if active.started.is_none() {
-                active.started = Some(Instant::now());
-                active.usage.cached_tokens = as_u32(active.cached);
+        let mut at = 0;
+        for _ in 0..n {
+            if self.is_coming(at) {
+                at += 1;
+            } else if let Some(active) = self.waiting.remove(at) {
+                self.start(active);
             }
-            self.running.push(active);
         }
+    }
+
+    fn start(&mut self, mut active: Active) {
+        let known = active.before_last();
+        active.blocks = self.prefix.find(&mut self.pool, &active.chains[..known]);
+        active.cached = active.blocks.len() * BLOCK_TOKENS;
+        active.started.get_or_insert_with(Instant::now);
+        if !std::mem::replace(&mut active.was_admitted, true) {
+            active.usage.cached_tokens = as_u32(active.cached);
+        }
+        self.running.push(active);
     }
 
     /// Takes the newest sequence out of the batch; it will be read again.
@@ -234,18 +238,27 @@ impl Engine {
 
     /// Frees the blocks of a sequence; the prefix cache keeps the full ones as long as it may.
     fn give_back(&mut self, active: &mut Active) {
-        self.prefix.keep(&mut self.pool, &active.tokens[..active.cached], &active.blocks);
-        active.blocks.drain(..).for_each(|block| self.pool.release(block));
+        self.root.extend(&mut active.chains, &active.tokens);
+        let full = &active.chains[..active.cached / BLOCK_TOKENS];
+        self.prefix.keep(&mut self.pool, full, &active.blocks);
+        for block in active.blocks.drain(..) {
+            self.prefix.release(&mut self.pool, block);
+        }
         active.cached = 0;
+        active.lookup = Lookup::Due;
     }
 
     fn take_block(&mut self) -> u32 {
-        loop {
-            if let Some(block) = self.pool.take() {
-                return block;
-            }
-            assert!(self.prefix.evict(&mut self.pool), "the plan counted the blocks there are");
+        self.try_take_block().expect("the plan counted the blocks there are")
+    }
+
+    /// A block that was free, or idle in the prefix cache.
+    fn try_take_block(&mut self) -> Option<u32> {
+        if self.pool.n_free() == 0 {
+            let evicted = self.prefix.evict(&mut self.pool)?;
+            self.save_evicted(evicted);
         }
+        self.pool.take()
     }
 
     /// Runs the planned tokens of each sequence.
@@ -348,115 +361,6 @@ impl Rows {
         if n > 0 && end == active.tokens.len() {
             self.wanted.push(as_u32(self.tokens.len() - 1));
         }
-    }
-}
-
-impl Active {
-    fn new(id: RequestId, sequence: Sequence) -> Self {
-        let n_prompt = sequence.prompt.len();
-        Self {
-            id,
-            n_prompt,
-            cached: 0,
-            blocks: Vec::new(),
-            context: sequence.context,
-            max_tokens: sequence.max_tokens,
-            sampler: Sampler::new(sequence.sampling, sequence.seed),
-            detokenizer: Detokenizer::new(sequence.stop),
-            reader: sequence.reader,
-            visible: sequence.visible,
-            usage: Usage {
-                prompt_tokens: as_u32(n_prompt),
-                sent_tokens: sequence.sent_tokens,
-                ..Usage::default()
-            },
-            tokens: sequence.prompt,
-            is_cancelled: false,
-            started: None,
-            read: None,
-        }
-    }
-
-    /// In counts, as if it shared no block.
-    fn load(&self) -> Load {
-        Load {
-            cached: self.cached,
-            pending: self.tokens.len() - self.cached,
-            blocks: self.blocks.len(),
-            shared: 0,
-        }
-    }
-
-    /// Chooses the next token and says what text it makes certain; how the sequence ends, if it
-    /// does.
-    fn write(
-        &mut self,
-        tokenizer: &Tokenizer,
-        logits: &mut [f32],
-        emit: Emit<'_>,
-    ) -> Option<Finish> {
-        self.read.get_or_insert_with(Instant::now);
-        if self.tokens.len() - self.n_prompt >= self.max_tokens {
-            return Some(self.finish(Finish::Length, emit));
-        }
-        let token = self.sampler.sample(logits, &self.tokens);
-        if tokenizer.is_end(token) {
-            return Some(self.finish(Finish::Stop, emit));
-        }
-        self.tokens.push(token);
-        self.usage.completion_tokens += 1;
-        let is_text = !tokenizer.is_control(token) || self.visible.contains(&token);
-        let bytes = if is_text { tokenizer.bytes(token) } else { &[] };
-        let chunk = self.detokenizer.push(bytes);
-        self.say(&chunk.text, emit);
-        if chunk.stopped {
-            return Some(self.finish(Finish::Stop, emit));
-        }
-        let n_written = self.tokens.len() - self.n_prompt;
-        if n_written >= self.max_tokens || self.tokens.len() >= self.context {
-            return Some(self.finish(Finish::Length, emit));
-        }
-        None
-    }
-
-    /// Says text through the reader.
-    fn say(&mut self, text: &str, emit: Emit<'_>) {
-        let delta = match &mut self.reader {
-            Some(reader) => reader.push(text),
-            None => Delta { text: text.to_owned(), ..Delta::default() },
-        };
-        self.emit(delta, emit);
-    }
-
-    /// Says what was held back.
-    fn finish(&mut self, finish: Finish, emit: Emit<'_>) -> Finish {
-        let rest = self.detokenizer.finish();
-        self.say(&rest.text, emit);
-        let Some(reader) = &mut self.reader else { return finish };
-        let delta = reader.finish();
-        let has_calls = reader.has_calls();
-        self.emit(delta, emit);
-        if has_calls && finish == Finish::Stop { Finish::ToolCalls } else { finish }
-    }
-
-    fn emit(&self, delta: Delta, emit: Emit<'_>) {
-        if delta != Delta::default() {
-            emit(self.id, Event::Delta(delta));
-        }
-    }
-
-    fn done(&self, finish: Finish) -> Done {
-        let now = Instant::now();
-        let read = self.read.unwrap_or(now);
-        let nanoseconds =
-            |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        let prompt = self.started.map_or(Duration::ZERO, |started| read - started);
-        let usage = Usage {
-            prompt_ns: nanoseconds(prompt),
-            completion_ns: nanoseconds(now - read),
-            ..self.usage
-        };
-        Done { finish, usage }
     }
 }
 

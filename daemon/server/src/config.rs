@@ -48,6 +48,11 @@ pub struct Config {
     /// How keys and values are kept (`V4_KV_TYPE`): `f16`, `bf16` (the range of a float, less
     /// precise), or `q8_0` (about half the memory, and faster at long contexts).
     pub kv_type: KvType,
+    /// Bytes on disk that keys and values of idle conversations may take (`V4_KV_DISK`), with K, M
+    /// or G behind the number: the next turn of a conversation goes on from there after a swap, a
+    /// crash or a restart, and what was used longest ago goes first. `None` (written `off`) keeps
+    /// none.
+    pub kv_disk: Option<u64>,
     /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
     pub max_queue: usize,
     /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
@@ -89,6 +94,9 @@ const DEFAULT_CONTEXT: u32 = 8192;
 /// context is set aside.
 const DEFAULT_SLOTS: u32 = 2;
 
+/// A dozen conversations of 16,384 tokens with a model of some billion weights.
+const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
+
 impl Config {
     /// The settings from the command line and the variables. `variable` looks a variable up; one
     /// that is set to nothing counts as not set.
@@ -126,6 +134,10 @@ impl Config {
             slots: number("V4_SLOTS", text("V4_SLOTS"), DEFAULT_SLOTS)?.max(1),
             threads: number("V4_THREADS", text("V4_THREADS"), 0)?,
             kv_type: number("V4_KV_TYPE", text("V4_KV_TYPE"), KvType::F16)?,
+            kv_disk: match text("V4_KV_DISK") {
+                None => Some(DEFAULT_KV_DISK_BYTES),
+                Some(value) => kv_disk(value)?,
+            },
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
@@ -197,6 +209,18 @@ fn memory(value: String) -> Result<u64, Error> {
     })
 }
 
+/// Bytes, or `off`.
+fn kv_disk(value: String) -> Result<Option<u64>, Error> {
+    if value == "off" {
+        return Ok(None);
+    }
+    bytes(&value).map(Some).ok_or(Error::Setting {
+        setting: "V4_KV_DISK",
+        value,
+        expected: "a number of bytes such as 8G, or off",
+    })
+}
+
 fn limit_rate(value: String) -> Result<Option<NonZeroU64>, Error> {
     bytes(&value).map(NonZeroU64::new).ok_or(Error::Setting {
         setting: "V4_LIMIT_RATE",
@@ -265,6 +289,7 @@ mod tests {
         assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
         assert_eq!((config.log_file, config.log_level), (None, LevelFilter::INFO));
         assert_eq!((config.registries, config.limit_rate), (None, None));
+        assert_eq!(config.kv_disk, Some(8 << 30));
         assert_eq!(config.auth_file, Some("/u/.docker/config.json".into()));
         assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
     }
@@ -280,6 +305,7 @@ mod tests {
             ("V4_SLOTS", "7"),
             ("V4_THREADS", "3"),
             ("V4_KV_TYPE", "q8_0"),
+            ("V4_KV_DISK", "off"),
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
@@ -302,6 +328,7 @@ mod tests {
             slots: 7,
             threads: 3,
             kv_type: KvType::Q8_0,
+            kv_disk: None,
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
@@ -361,6 +388,7 @@ mod tests {
             ("V4_MEMORY", "lots"),
             ("V4_MEMORY", "99999999999G"),
             ("V4_KV_TYPE", "f32"),
+            ("V4_KV_DISK", "no"),
             ("V4_REGISTRY", "registry.ollama.ai"),
             ("V4_LIMIT_RATE", "fast"),
             ("V4_LOG", "loud"),

@@ -36,7 +36,7 @@ use tokio::{
 };
 use v4_pull::{Jobs, PullConfig};
 use v4_store::Store;
-use v4_supervisor::{Supervisor, SupervisorConfig};
+use v4_supervisor::{KvFolder, Supervisor, SupervisorConfig};
 
 pub use config::{Config, DEFAULT_PORT, Given};
 pub use error::Error;
@@ -106,6 +106,10 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         slots: config.slots,
         threads: config.threads,
         kv_type: config.kv_type,
+        kv_disk: config.kv_disk.map(|quota_bytes| KvFolder {
+            path: config.home.join(v4_store::KV_FOLDER),
+            quota_bytes,
+        }),
         ..base
     };
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));

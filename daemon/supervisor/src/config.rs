@@ -20,6 +20,15 @@ impl From<Duration> for KeepAlive {
     }
 }
 
+/// Where keys and values of idle conversations are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvFolder {
+    /// The folder; each model has one of its own in it.
+    pub path: PathBuf,
+    /// Bytes that it may take.
+    pub quota_bytes: u64,
+}
+
 /// What the supervisor is told at its start.
 #[derive(Debug, Clone)]
 pub struct SupervisorConfig {
@@ -40,6 +49,8 @@ pub struct SupervisorConfig {
     pub threads: u32,
     /// How keys and values are kept.
     pub kv_type: KvType,
+    /// Where they outlive a runner; `None` is nowhere.
+    pub kv_disk: Option<KvFolder>,
     /// An instruction set by name instead of the machine's best.
     pub isa: Option<String>,
     /// Whether one more runner is kept started, so that a load does not wait for a process.
@@ -57,6 +68,7 @@ impl Default for SupervisorConfig {
             slots: 4,
             threads: 0,
             kv_type: KvType::F16,
+            kv_disk: None,
             isa: None,
             spare: true,
         }

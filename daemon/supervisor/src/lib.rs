@@ -36,7 +36,7 @@ use v4_proto::{
 use v4_store::Store;
 
 pub use answer::Answer;
-pub use config::{KeepAlive, SupervisorConfig, Target};
+pub use config::{KeepAlive, KvFolder, SupervisorConfig, Target};
 pub use error::Error;
 use owner::{Ask, Message, Work};
 use process::Launch;

@@ -13,12 +13,12 @@ use tokio::{
 };
 use v4_proto::{
     Event as Answered, Fault, ModelInfo, ModelName,
-    frame::{KvType, LoadOptions},
+    frame::{KvDisk, KvType, LoadOptions},
 };
 use v4_store::Lease;
 
 use crate::{
-    KeepAlive, Loaded, State, SupervisorConfig, Target,
+    KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target,
     answer::{Begun, Route},
     inventory, limits,
     link::{self, Command, Report},
@@ -84,6 +84,7 @@ pub(crate) struct Owner {
     launch: Launch,
     threads: u32,
     kv_type: KvType,
+    kv_disk: Option<KvFolder>,
     isa: Option<String>,
     links: HashMap<RunnerId, Linked>,
     clients: HashMap<AskId, Client>,
@@ -112,6 +113,7 @@ impl Owner {
             launch,
             threads: config.threads,
             kv_type: config.kv_type,
+            kv_disk: config.kv_disk.clone(),
             isa: config.isa.clone(),
             links: HashMap::new(),
             clients: HashMap::new(),
@@ -253,9 +255,15 @@ impl Owner {
             slots: model.slots,
             threads: self.threads,
             kv_type: self.kv_type,
+            kv_disk: self.kv_disk.as_ref().map(|folder| KvDisk {
+                root: folder.path.clone(),
+                models: model.target.blobs.clone(),
+                quota_bytes: folder.quota_bytes,
+            }),
             isa: self.isa.clone(),
         };
-        self.tell(runner, Command::Load { files: model.target.files.clone(), options });
+        let files = model.target.files.clone();
+        self.tell(runner, Command::Load { files, options: Box::new(options) });
     }
 
     fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use v4_kernels::{Cpu, Map, cpu::CpuOptions};
-use v4_proto::{Code, Fault, Generate, Input, Message, ModelFiles, Role, SamplingParams};
+use v4_proto::frame::KvDisk;
+use v4_proto::{
+    Code, Digest, Done, Fault, Generate, Input, Message, ModelFiles, Role, SamplingParams, Usage,
+};
 
 use super::*;
 use crate::format::{Array, Value, safetensors};
@@ -317,4 +320,157 @@ fn a_chat_is_answered() {
     let answer = run_one(&prepare, &mut engine, chat);
     assert!(answer.fault.is_none());
     assert!(answer.usage().prompt_tokens > 1);
+}
+
+/// A folder for blocks that goes with the test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        Self(std::env::temp_dir().join(format!("v4-step-{}-{name}", std::process::id())))
+    }
+
+    fn options(&self, model: u8) -> KvDisk {
+        let models = vec![Digest::from_bytes([model; 32])];
+        KvDisk { root: self.0.clone(), models, quota_bytes: 1 << 30 }
+    }
+
+    /// The files of all models.
+    #[expect(clippy::disallowed_methods, reason = "a test looks at what was written")]
+    fn files(&self) -> Vec<PathBuf> {
+        let list = |path: &Path| -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(path).into_iter().flatten();
+            entries.map(|entry| entry.expect("an entry").path()).collect()
+        };
+        let mut files: Vec<PathBuf> =
+            list(&self.0).iter().flat_map(|folder| list(folder)).collect();
+        files.sort();
+        files
+    }
+}
+
+impl Drop for Folder {
+    #[expect(clippy::disallowed_methods, reason = "a test clears up")]
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// An engine that keeps blocks in `folder` for a model of that number.
+fn open_on(folder: &Folder, name: &str, model: u8, n_blocks: Option<u32>) -> (Prepare, Engine) {
+    let (prepare, mut engine) = open(name, 2, n_blocks);
+    engine.keep_on_disk(&folder.options(model)).expect("a folder");
+    (prepare, engine)
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[test]
+fn another_process_goes_on_where_the_last_one_was() {
+    for model in ["llama-f16", "gemma3-q5_0"] {
+        let folder = Folder::new(model);
+        let ids = golden(model, "long.input_ids");
+        let (prepare, mut engine) = open_on(&folder, model, 1, None);
+        let first = run_one(&prepare, &mut engine, request(ids.clone(), 30));
+        while engine.rest() {}
+        engine.flush(PATIENCE);
+        assert_eq!((engine.stats().blocks_saved, folder.files().len()), (5, 5));
+        drop(engine);
+
+        let (prepare, mut engine) = open_on(&folder, model, 1, None);
+        let again = run_one(&prepare, &mut engine, request(ids.clone(), 30));
+        assert_eq!((first.usage().cached_tokens, again.usage().cached_tokens), (0, 256));
+        assert_eq!((&first.text, first.finish()), (&again.text, again.finish()));
+        // What came from disk is not written again, and is in the cache from now on.
+        engine.flush(PATIENCE);
+        assert_eq!((engine.stats().blocks_saved, engine.stats().blocks_restored), (1, 4));
+        let third = run_one(&prepare, &mut engine, request(ids.clone(), 30));
+        assert_eq!((third.usage().cached_tokens, engine.stats().blocks_restored), (256, 4));
+
+        // Of another model nothing is taken, whatever lies there.
+        let (prepare, mut engine) = open_on(&folder, model, 2, None);
+        let other = run_one(&prepare, &mut engine, request(ids, 30));
+        assert_eq!((other.usage().cached_tokens, &other.text), (0, &first.text));
+    }
+}
+
+#[test]
+fn two_layouts_of_one_model_do_not_meet() {
+    let folder = Folder::new("layouts");
+    let (_, engine) = open_on(&folder, "llama-f16", 1, None);
+    let root = engine.root;
+    let (_, Engine { model, tokenizer, .. }) = open("llama-f16", 1, None);
+    let model = model.with_kv_type(v4_kernels::KvType::Bf16).expect("any head");
+    let mut other = Engine::new(model, tokenizer, 64, 1).expect("memory");
+    other.keep_on_disk(&folder.options(1)).expect("a folder");
+    assert_ne!(other.root, root);
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a test damages what was written")]
+fn a_damaged_block_is_refused_and_computed_again() {
+    let folder = Folder::new("damaged");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let first = run_one(&prepare, &mut engine, request(ids.clone(), 20));
+    engine.flush(PATIENCE);
+    drop(engine);
+    // The third block of the prompt.
+    let name = |path: &&PathBuf| path.to_string_lossy().ends_with("-2");
+    let path = folder.files().iter().find(name).expect("the third block").clone();
+    let mut bytes = std::fs::read(&path).expect("a file");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 4;
+    std::fs::write(&path, bytes).expect("written");
+
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let again = run_one(&prepare, &mut engine, request(ids, 20));
+    assert_eq!((again.usage().cached_tokens, &again.text), (128, &first.text));
+    assert!(!path.exists() || engine.stats().blocks_saved > 0);
+    engine.flush(PATIENCE);
+    assert!(path.exists(), "it is written anew");
+}
+
+#[test]
+fn blocks_that_had_to_go_come_back_from_disk() {
+    let folder = Folder::new("evicted");
+    // Room for one of the two conversations only.
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, Some(7));
+    let one = golden("llama-f16", "long.input_ids");
+    let two: Vec<u32> = one.iter().rev().copied().collect();
+    let alone = open("llama-f16", 1, None);
+    let mut expected = Vec::new();
+    let (prepare_alone, mut engine_alone) = alone;
+    for ids in [&one, &two] {
+        expected.push(run_one(&prepare_alone, &mut engine_alone, request(ids.clone(), 20)).text);
+    }
+    for round in 0..3 {
+        for (ids, expected) in [&one, &two].into_iter().zip(&expected) {
+            let answer = run_one(&prepare, &mut engine, request(ids.clone(), 20));
+            let cached = if round == 0 { 0 } else { 256 };
+            assert_eq!((answer.usage().cached_tokens, &answer.text), (cached, expected));
+            engine.flush(PATIENCE);
+        }
+    }
+    assert!(engine.stats().blocks_restored >= 8);
+}
+
+#[test]
+fn a_cancel_is_not_held_up_by_the_disk() {
+    let folder = Folder::new("cancel");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    run_one(&prepare, &mut engine, request(ids.clone(), 20));
+    engine.flush(PATIENCE);
+    drop(engine);
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    engine.submit(1, prepare.prepare(&request(ids.clone(), 20)).expect("a good request"));
+    assert!(engine.step(&mut |_, _| {}).expect("it works"), "it waits for its blocks");
+    engine.cancel(1);
+    let mut ended = false;
+    engine.step(&mut |_, event| ended |= matches!(event, Event::Done(_))).expect("it works");
+    assert!(ended && engine.is_idle());
+    // What still comes for it is nobody's, and harms nobody.
+    let again = run_one(&prepare, &mut engine, request(ids, 20));
+    assert!(again.done.is_some() && again.fault.is_none());
 }
