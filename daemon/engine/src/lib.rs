@@ -23,6 +23,7 @@ pub mod model;
 pub mod prepare;
 pub mod sample;
 pub mod schedule;
+pub mod speculate;
 pub mod step;
 pub mod text;
 pub mod tokenizer;

@@ -1,6 +1,7 @@
 //! The loop: take sequences in, plan a step, run it, choose tokens, say what came of it.
 
 mod active;
+mod draft;
 mod persist;
 
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ use crate::schedule::{self, Load, Plan};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, limits};
 use active::{Active, Lookup};
+use draft::Drafting;
 use persist::Persist;
 
 /// Hears the events of requests.
@@ -44,6 +46,7 @@ pub struct Engine {
     steps: u64,
     /// How fast prompts were read lately.
     prompt_tokens_per_s: Option<f64>,
+    drafting: Drafting,
     rows: Rows,
     logits: Vec<f32>,
 }
@@ -96,6 +99,7 @@ impl Engine {
             waiting: VecDeque::new(),
             steps: 0,
             prompt_tokens_per_s: None,
+            drafting: Drafting::default(),
             rows: Rows::default(),
             logits: Vec::new(),
         })
@@ -131,7 +135,8 @@ impl Engine {
             steps: self.steps,
             blocks_saved: self.persist.as_ref().map_or(0, |persist| persist.n_saved),
             blocks_restored: self.persist.as_ref().map_or(0, |persist| persist.n_restored),
-            ..Stats::default()
+            drafted: self.drafting.n_drafted,
+            accepted: self.drafting.n_accepted,
         }
     }
 
@@ -154,6 +159,7 @@ impl Engine {
         for _ in 0..plan.preempt {
             self.preempt_newest();
         }
+        self.draft(&plan);
         let began = Instant::now();
         match self.forward(&plan) {
             Ok(()) => self.take_logits(&plan, emit),
@@ -266,6 +272,7 @@ impl Engine {
         let mut rows = std::mem::take(&mut self.rows);
         rows.clear();
         for (index, &n) in plan.tokens.iter().enumerate() {
+            // A draft fits the blocks that the known tokens need.
             while self.running[index].blocks.len() < blocks_for(self.running[index].cached + n) {
                 let block = self.take_block();
                 self.running[index].blocks.push(block);
@@ -274,7 +281,8 @@ impl Engine {
         }
         let mut first_row = 0;
         let spans = self.running.iter().zip(&plan.tokens).filter(|&(_, &n)| n > 0);
-        let spans = spans.map(|(active, &n_rows)| {
+        let spans = spans.map(|(active, &n)| {
+            let n_rows = n + active.draft.len();
             let kv_len = active.cached + n_rows;
             let span = Span { first_row, n_rows, kv_len, blocks: &active.blocks };
             first_row += n_rows;
@@ -293,7 +301,8 @@ impl Engine {
         result
     }
 
-    /// Chooses a token for each sequence whose known tokens are all read.
+    /// Chooses tokens for each sequence whose known tokens are all read: one, and one more for each
+    /// guess that was right.
     fn take_logits(&mut self, plan: &Plan, emit: Emit<'_>) {
         let mut logits = std::mem::take(&mut self.logits);
         let mut rows = logits.chunks_exact_mut(self.model.vocabulary());
@@ -301,11 +310,14 @@ impl Engine {
         for (index, &n) in plan.tokens.iter().enumerate() {
             let active = &mut self.running[index];
             active.cached += n;
-            if active.cached == active.tokens.len() {
-                let row = rows.next().expect("there is a row of logits for each such sequence");
-                if let Some(finish) = active.write(&self.tokenizer, row, emit) {
-                    ended.push((index, finish));
-                }
+            if active.cached < active.tokens.len() {
+                continue;
+            }
+            let own = rows.by_ref().take(1 + active.draft.len());
+            let (finish, accepted) = active.choose(&self.tokenizer, own, emit);
+            self.drafting.n_accepted += accepted;
+            if let Some(finish) = finish {
+                ended.push((index, finish));
             }
         }
         for (index, finish) in ended.into_iter().rev() {
@@ -329,7 +341,8 @@ impl Engine {
         }
     }
 
-    /// Learns how fast prompts are read, from steps that mostly do that.
+    /// Learns how fast prompts are read, from steps that mostly do that, and what rows cost, from
+    /// those that only write.
     fn measure(&mut self, plan: &Plan, took: Duration) {
         const WEIGHT: f64 = 0.5;
         let n: usize = plan.tokens.iter().filter(|&&n| n > 1).sum();
@@ -337,6 +350,8 @@ impl Engine {
             let rate = n as f64 / took.as_secs_f64();
             let known = self.prompt_tokens_per_s.unwrap_or(rate);
             self.prompt_tokens_per_s = Some(known + WEIGHT * (rate - known));
+        } else if n == 0 {
+            self.drafting.cost.measure(self.rows.tokens.len(), took.as_secs_f64());
         }
     }
 }
@@ -349,17 +364,21 @@ impl Rows {
         self.wanted.clear();
     }
 
-    /// Adds the next `n` tokens of a sequence, and asks for logits where they are its last.
+    /// Adds the next `n` tokens of a sequence and its draft, and asks for logits where they are its
+    /// last: of that and of each guess.
     fn push(&mut self, active: &Active, n: usize) {
         let end = active.cached + n;
-        self.tokens.extend(&active.tokens[active.cached..end]);
-        for position in active.cached..end {
+        let is_last = n > 0 && end == active.tokens.len();
+        let known = &active.tokens[active.cached..end];
+        let first_wanted = self.tokens.len() + n - usize::from(is_last);
+        self.tokens.extend(known.iter().chain(&active.draft));
+        for position in active.cached..end + active.draft.len() {
             self.positions.push(as_u32(position));
             let block = active.blocks[position / BLOCK_TOKENS] as usize;
             self.slots.push(as_u32(block * BLOCK_TOKENS + position % BLOCK_TOKENS));
         }
-        if n > 0 && end == active.tokens.len() {
-            self.wanted.push(as_u32(self.tokens.len() - 1));
+        if is_last {
+            self.wanted.extend((first_wanted..self.tokens.len()).map(as_u32));
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::kv::disk::Fetching;
 use crate::prepare::Sequence;
 use crate::sample::Sampler;
 use crate::schedule::Load;
+use crate::speculate;
 use crate::text::Detokenizer;
 use crate::tokenizer::Tokenizer;
 
@@ -45,6 +46,10 @@ pub(super) struct Active {
     pub blocks: Vec<u32>,
     /// What each full block of `tokens` holds.
     pub chains: Vec<Chain>,
+    /// Tokens that may follow, checked in this step.
+    pub draft: Vec<u32>,
+    /// What guesses them.
+    pub guesses: speculate::Lookup,
     /// Whether the disk was asked for its blocks since it began to wait.
     pub lookup: Lookup,
     context: usize,
@@ -72,6 +77,8 @@ impl Active {
             cached: 0,
             blocks: Vec::new(),
             chains: Vec::new(),
+            draft: Vec::new(),
+            guesses: speculate::Lookup::default(),
             lookup: Lookup::Due,
             context: sequence.context,
             max_tokens: sequence.max_tokens,
@@ -105,6 +112,45 @@ impl Active {
             blocks: self.blocks.len(),
             shared: 0,
         }
+    }
+
+    /// Tokens that it may write yet.
+    pub fn left(&self) -> usize {
+        let n_written = self.tokens.len() - self.n_prompt;
+        let of_context = self.context.saturating_sub(self.tokens.len());
+        self.max_tokens.saturating_sub(n_written).min(of_context)
+    }
+
+    /// Chooses tokens from the logits after the last known one and after each of the draft, up to
+    /// the first that was not guessed. How the sequence ends, if it does, and how many guesses were
+    /// right. Each is drawn as if there had been no draft: from the same logits, after the same
+    /// tokens, with the same random number. The keys and values of wrong guesses are overwritten by
+    /// the next step.
+    pub fn choose<'r>(
+        &mut self,
+        tokenizer: &Tokenizer,
+        rows: impl Iterator<Item = &'r mut [f32]>,
+        emit: Emit<'_>,
+    ) -> (Option<Finish>, u64) {
+        let draft = std::mem::take(&mut self.draft);
+        let (mut finish, mut accepted) = (None, 0);
+        let mut is_over = false;
+        // Every row is taken, wanted or not: the next sequence's follow.
+        for (at, row) in rows.enumerate() {
+            if is_over {
+                continue;
+            }
+            finish = self.write(tokenizer, row, emit);
+            let is_right = draft.get(at).is_some_and(|guess| self.tokens.last() == Some(guess));
+            if finish.is_none() && is_right {
+                self.cached += 1;
+                accepted += 1;
+            } else {
+                is_over = true;
+            }
+        }
+        self.guesses.checked(draft.len(), accepted);
+        (finish, accepted as u64)
     }
 
     /// Chooses the next token and says what text it makes certain; how the sequence ends, if it

@@ -404,6 +404,12 @@ fn two_layouts_of_one_model_do_not_meet() {
     let mut other = Engine::new(model, tokenizer, 64, 1).expect("memory");
     other.keep_on_disk(&folder.options(1)).expect("a folder");
     assert_ne!(other.root, root);
+    // Nor do two models whose first files are the same.
+    let (_, mut third) = open("llama-f16", 1, None);
+    let mut options = folder.options(1);
+    options.models.push(Digest::from_bytes([2; 32]));
+    third.keep_on_disk(&options).expect("a folder");
+    assert_ne!(third.root, root);
 }
 
 #[test]
@@ -473,4 +479,184 @@ fn a_cancel_is_not_held_up_by_the_disk() {
     // What still comes for it is nobody's, and harms nobody.
     let again = run_one(&prepare, &mut engine, request(ids, 20));
     assert!(again.done.is_some() && again.fault.is_none());
+}
+
+/// Tiny models, one of each architecture, below the golden files.
+const ARCHS: [&str; 6] = [
+    "gguf/llama-q4_0.gguf",
+    "gguf/gemma3-q5_0.gguf",
+    "gguf/gpt_oss-mxfp4.gguf",
+    "gguf/qwen3-q4_k_m.gguf",
+    "models/qwen2",
+    "models/qwen3_moe",
+];
+
+fn open_arch(path: &str, slots: u32) -> (Prepare, Engine) {
+    let weights = vec![folder().join("..").join(path)];
+    let files = ModelFiles { weights, chat_template: None };
+    let cpu = Cpu::open(&CpuOptions { threads: 2, isa: None }).expect("a processor");
+    let model = Model::open(&files, Box::new(cpu), &mut |_, _, _| {}).expect("a good model");
+    let context = model.info().context_length.min(512);
+    // Models of Hugging Face's layout have their tokenizer beside them, which is not read yet.
+    let has_own = model.meta().str("tokenizer.ggml.model").is_some();
+    let meta = if has_own {
+        model.meta().clone()
+    } else {
+        open("llama-q4_0", 1, None).1.model.meta().clone()
+    };
+    let prepare = Prepare::new(&meta, None, context).expect("a good tokenizer");
+    let tokenizer = Arc::clone(prepare.tokenizer());
+    let engine = Engine::new(model, tokenizer, context, slots).expect("memory");
+    (prepare, engine)
+}
+
+/// Eight requests of every kind: greedy and drawn, short and of several blocks, with penalties,
+/// with a bound, some of which begin alike. `n_tokens` is the vocabulary.
+fn every_kind(n_tokens: usize) -> Vec<Generate> {
+    let ids = |n: usize, step: usize| -> Vec<u32> {
+        (0..n).map(|at| as_u32((at * step + at / 7) % (n_tokens - 1) + 1)).collect()
+    };
+    let drawn = |seed| SamplingParams { seed: Some(seed), ..SamplingParams::default() };
+    let with = |sampling, request| Generate { sampling, ..request };
+    let hot = SamplingParams { temperature: 1.5, top_k: 0, top_p: 0.95, ..drawn(3) };
+    let penalised = SamplingParams {
+        repeat_penalty: 1.3,
+        frequency_penalty: 0.4,
+        presence_penalty: 0.2,
+        ..SamplingParams::greedy()
+    };
+    vec![
+        request(ids(9, 3), 40),
+        request(ids(140, 5), 40),
+        request([ids(140, 5), ids(60, 11)].concat(), 33),
+        with(drawn(1), request(ids(70, 5), 40)),
+        with(drawn(2), request(ids(9, 3), 40)),
+        with(hot, request(ids(30, 1), 40)),
+        with(penalised.clone(), request(ids(140, 5), 40)),
+        with(
+            SamplingParams { temperature: 0.7, seed: Some(9), ..penalised },
+            request(ids(64, 2), 7),
+        ),
+    ]
+}
+
+/// The tokens of each sequence as far as a step began with them.
+type Seen = std::rc::Rc<std::cell::RefCell<Vec<Vec<u32>>>>;
+
+/// Guesses nothing and notes all tokens.
+fn watching(seen: &Seen) -> draft::Told {
+    let seen = std::rc::Rc::clone(seen);
+    Box::new(move |tokens, _| {
+        let mut seen = seen.borrow_mut();
+        seen.retain(|known| !tokens.starts_with(known));
+        seen.push(tokens.to_vec());
+        Vec::new()
+    })
+}
+
+/// Guesses what was seen, every fifth token wrongly.
+fn knowing(seen: &Seen) -> draft::Told {
+    let seen = std::rc::Rc::clone(seen);
+    Box::new(move |tokens, most| {
+        let seen = seen.borrow();
+        let Some(known) = seen.iter().find(|known| known.starts_with(tokens)) else {
+            return vec![1; most];
+        };
+        let at = tokens.len();
+        let spoil = |at: usize, token: u32| if at.is_multiple_of(5) { token ^ 1 } else { token };
+        let rest = known[at..].iter().take(most);
+        rest.enumerate().map(|(n, &token)| spoil(at + n, token)).collect()
+    })
+}
+
+/// What a request came to, alone and without guesses or a cache.
+fn alone(arch: &str, requests: &[Generate]) -> (Vec<Answer>, Vec<Seen>) {
+    let one = |request: &Generate| {
+        let seen = Seen::default();
+        let (prepare, mut engine) = open_arch(arch, 1);
+        engine.drafting.told = Some(watching(&seen));
+        let answer = run_one(&prepare, &mut engine, request.clone());
+        assert_eq!((engine.stats().drafted, answer.usage().cached_tokens), (0, 0));
+        (answer, seen)
+    };
+    requests.iter().map(one).unzip()
+}
+
+#[track_caller]
+fn assert_same(found: &[Answer], expected: &[Answer], what: &str) {
+    for (n, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(found.text, expected.text, "{what}, request {n}");
+        assert_eq!(found.finish(), expected.finish(), "{what}, request {n}");
+        let written = |answer: &Answer| answer.usage().completion_tokens;
+        assert_eq!(written(found), written(expected), "{what}, request {n}");
+    }
+}
+
+#[test]
+fn the_text_is_the_same_however_it_is_computed() {
+    for arch in ARCHS {
+        let mut requests = every_kind(open_arch(arch, 1).0.tokenizer().len());
+        let (first, _) = alone(arch, &requests);
+        // The second answer ends at a text of its own from now on.
+        let chars: Vec<char> = first[1].text.chars().collect();
+        let stop: String = chars[chars.len() / 2..].iter().take(2).collect();
+        requests[1].stop = vec![stop];
+        let (expected, seen) = alone(arch, &requests);
+        assert_ne!(first[1].text, expected[1].text, "{arch}: the stop string does something");
+        let all = Seen::default();
+        for seen in &seen {
+            all.borrow_mut().extend(seen.borrow().iter().cloned());
+        }
+
+        // Alone, with guesses.
+        let mut wrong = 0;
+        for (n, request) in requests.iter().enumerate() {
+            let (prepare, mut engine) = open_arch(arch, 1);
+            engine.drafting.told = Some(knowing(&seen[n]));
+            let answer = run_one(&prepare, &mut engine, request.clone());
+            assert_same(&[answer], &expected[n..=n], &format!("{arch} {n} with guesses"));
+            let Stats { drafted, accepted, steps, .. } = engine.stats();
+            wrong += drafted - accepted;
+            if expected[n].usage().completion_tokens > 10 {
+                assert!(accepted > 2, "{arch} {n}: {accepted} of {drafted}");
+                assert!(steps < u64::from(expected[n].usage().completion_tokens), "{steps}");
+            }
+        }
+        assert!(wrong > 5, "{arch}: {wrong}");
+        // In a batch of eight, of four so that guesses have room, and of two; each engine twice, so
+        // that the second time the prefix cache knows every beginning; with guesses and without.
+        for slots in [8, 4, 2] {
+            for guesses in [None, Some(())] {
+                let (prepare, mut engine) = open_arch(arch, slots);
+                engine.drafting.told = guesses.map(|()| knowing(&all));
+                for round in 0..2 {
+                    let what = format!("{arch}, {slots} at a time, {guesses:?}, round {round}");
+                    let answers = run(&prepare, &mut engine, &requests);
+                    assert_same(&answers, &expected, &what);
+                    let cached = answers[1].usage().cached_tokens;
+                    assert!(round == 0 || cached == 128, "{what}: {cached}");
+                }
+                assert!(engine.stats().accepted > 0 || guesses.is_none());
+            }
+        }
+    }
+}
+
+#[test]
+fn text_that_repeats_is_guessed_by_itself() {
+    // A penalty that is none makes even a tiny random model go round in circles.
+    let sampling = SamplingParams { repeat_penalty: 0.2, ..SamplingParams::greedy() };
+    let request = Generate { sampling, ..every_kind(500).swap_remove(1) };
+    let (prepare, mut engine) = open_arch(ARCHS[0], 1);
+    engine.drafting.told = Some(Box::new(|_, _| Vec::new()));
+    let expected = run_one(&prepare, &mut engine, request.clone());
+    let before = engine.stats();
+    (engine.drafting.told, engine.drafting.is_free) = (None, true);
+    let answer = run_one(&prepare, &mut engine, request);
+    assert_eq!((&answer.text, answer.finish()), (&expected.text, expected.finish()));
+    let after = engine.stats();
+    let (drafted, accepted) = (after.drafted - before.drafted, after.accepted - before.accepted);
+    let written = u64::from(answer.usage().completion_tokens);
+    assert!(drafted > 10 && accepted > 5, "{accepted} of {drafted} in {written}");
+    assert!(after.steps - before.steps <= written + 3 - accepted, "each saves a step");
 }
