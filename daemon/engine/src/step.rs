@@ -39,13 +39,12 @@ pub struct Engine {
     /// What all chains of blocks begin with.
     root: Chain,
     slots: usize,
-    /// In the batch, oldest first.
+    /// In the batch, whose turn came first first.
     running: Vec<Active>,
-    /// First come, first served; preempted ones come first.
+    /// Whose turn comes first first.
     waiting: VecDeque<Active>,
     steps: u64,
-    /// How fast prompts were read lately.
-    prompt_tokens_per_s: Option<f64>,
+    pace: schedule::Pace,
     drafting: Drafting,
     rows: Rows,
     logits: Vec<f32>,
@@ -98,7 +97,7 @@ impl Engine {
             running: Vec::new(),
             waiting: VecDeque::new(),
             steps: 0,
-            prompt_tokens_per_s: None,
+            pace: schedule::Pace::default(),
             drafting: Drafting::default(),
             rows: Rows::default(),
             logits: Vec::new(),
@@ -109,7 +108,7 @@ impl Engine {
     pub fn submit(&mut self, id: RequestId, sequence: Sequence) {
         let mut active = Active::new(id, sequence);
         self.root.extend(&mut active.chains, &active.tokens);
-        self.waiting.push_back(active);
+        self.wait(active);
     }
 
     /// Ends a sequence: the next step says [`Finish::Cancelled`] and does no more for it. An id
@@ -154,10 +153,10 @@ impl Engine {
             return Ok(!self.waiting.is_empty());
         }
         let loads = self.loads();
-        let budget = schedule::budget(&loads, self.prompt_tokens_per_s);
+        let budget = schedule::budget(&loads, self.pace.tokens_per_s());
         let plan = schedule::next(budget, &loads, self.available());
         for _ in 0..plan.preempt {
-            self.preempt_newest();
+            self.preempt(self.running.len() - 1);
         }
         self.draft(&plan);
         let began = Instant::now();
@@ -180,15 +179,22 @@ impl Engine {
 
     /// The running sequences in counts, oldest first.
     fn loads(&self) -> Vec<Load> {
+        let now = Instant::now();
         let mut is_held = vec![false; self.pool.len()];
         let count = |active: &Active| {
-            let mut load = active.load();
+            let mut load = active.load(now);
             for &block in &active.blocks {
                 load.shared += usize::from(std::mem::replace(&mut is_held[block as usize], true));
             }
             load
         };
         self.running.iter().map(count).collect()
+    }
+
+    /// Puts a sequence among those that wait, by its turn.
+    fn wait(&mut self, active: Active) {
+        let at = self.waiting.partition_point(|other| other.turn <= active.turn);
+        self.waiting.insert(at, active);
     }
 
     fn end_cancelled(&mut self, emit: Emit<'_>) {
@@ -207,12 +213,19 @@ impl Engine {
         }
     }
 
-    /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them.
-    /// One whose blocks are on their way from disk keeps its place.
+    /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them;
+    /// those in the background make room for others. One whose blocks are on their way from disk
+    /// keeps its place.
     fn admit(&mut self) {
-        let running = self.loads();
-        let waiting: Vec<Load> = self.waiting.iter().map(Active::load).collect();
-        let n = schedule::admit(self.slots, &running, &waiting, self.available());
+        let n = loop {
+            let (now, running) = (Instant::now(), self.loads());
+            let waiting: Vec<Load> = self.waiting.iter().map(|active| active.load(now)).collect();
+            let n = schedule::admit(self.slots, &running, &waiting, self.available());
+            match schedule::yields(&running, &waiting, n) {
+                Some(index) => self.preempt(index),
+                None => break n,
+            }
+        };
         let mut at = 0;
         for _ in 0..n {
             if self.is_coming(at) {
@@ -231,15 +244,15 @@ impl Engine {
         if !std::mem::replace(&mut active.was_admitted, true) {
             active.usage.cached_tokens = as_u32(active.cached);
         }
-        self.running.push(active);
+        let at = self.running.partition_point(|other| other.turn <= active.turn);
+        self.running.insert(at, active);
     }
 
-    /// Takes the newest sequence out of the batch; it will be read again.
-    fn preempt_newest(&mut self) {
-        if let Some(mut active) = self.running.pop() {
-            self.give_back(&mut active);
-            self.waiting.push_front(active);
-        }
+    /// Takes a sequence out of the batch; it will be read again.
+    fn preempt(&mut self, index: usize) {
+        let mut active = self.running.remove(index);
+        self.give_back(&mut active);
+        self.wait(active);
     }
 
     /// Frees the blocks of a sequence; the prefix cache keeps the full ones as long as it may.
@@ -344,13 +357,9 @@ impl Engine {
     /// Learns how fast prompts are read, from steps that mostly do that, and what rows cost, from
     /// those that only write.
     fn measure(&mut self, plan: &Plan, took: Duration) {
-        const WEIGHT: f64 = 0.5;
         let n: usize = plan.tokens.iter().filter(|&&n| n > 1).sum();
-        if n >= 16 && !took.is_zero() {
-            let rate = n as f64 / took.as_secs_f64();
-            let known = self.prompt_tokens_per_s.unwrap_or(rate);
-            self.prompt_tokens_per_s = Some(known + WEIGHT * (rate - known));
-        } else if n == 0 {
+        self.pace.measure(n, took);
+        if n == 0 {
             self.drafting.cost.measure(self.rows.tokens.len(), took.as_secs_f64());
         }
     }

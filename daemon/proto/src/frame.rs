@@ -337,6 +337,7 @@ mod tests {
                 stop: vec!["x".into()],
                 context: None,
                 truncate: true,
+                lane: crate::Lane::Background,
             }),
         });
         round_trip(&ToRunner::Drain { deadline_ms: 5 });

@@ -295,6 +295,7 @@ fn generate(id: RequestId, input: Input) -> ToRunner {
         stop: Vec::new(),
         context: None,
         truncate: false,
+        lane: v4_proto::Lane::default(),
     };
     ToRunner::Generate { id, request: Box::new(request) }
 }

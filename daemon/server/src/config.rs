@@ -53,6 +53,10 @@ pub struct Config {
     /// crash or a restart, and what was used longest ago goes first. `None` (written `off`) keeps
     /// none.
     pub kv_disk: Option<u64>,
+    /// Whether a conversation that does not fit its context loses its oldest turns
+    /// (`V4_TRUNCATE`): `on`, and the answer says how many tokens that were; or `off`, and it is
+    /// refused.
+    pub truncates: bool,
     /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
     pub max_queue: usize,
     /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
@@ -138,6 +142,7 @@ impl Config {
                 None => Some(DEFAULT_KV_DISK_BYTES),
                 Some(value) => kv_disk(value)?,
             },
+            truncates: text("V4_TRUNCATE").map_or(Ok(true), switch)?,
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
@@ -207,6 +212,15 @@ fn memory(value: String) -> Result<u64, Error> {
         value,
         expected: "a number of bytes such as 6G or 800M",
     })
+}
+
+/// `on` or `off`.
+fn switch(value: String) -> Result<bool, Error> {
+    match value.as_str() {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(Error::Setting { setting: "V4_TRUNCATE", value, expected: "on or off" }),
+    }
 }
 
 /// Bytes, or `off`.
@@ -289,7 +303,7 @@ mod tests {
         assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
         assert_eq!((config.log_file, config.log_level), (None, LevelFilter::INFO));
         assert_eq!((config.registries, config.limit_rate), (None, None));
-        assert_eq!(config.kv_disk, Some(8 << 30));
+        assert_eq!((config.kv_disk, config.truncates), (Some(8 << 30), true));
         assert_eq!(config.auth_file, Some("/u/.docker/config.json".into()));
         assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
     }
@@ -306,6 +320,7 @@ mod tests {
             ("V4_THREADS", "3"),
             ("V4_KV_TYPE", "q8_0"),
             ("V4_KV_DISK", "off"),
+            ("V4_TRUNCATE", "off"),
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
@@ -329,6 +344,7 @@ mod tests {
             threads: 3,
             kv_type: KvType::Q8_0,
             kv_disk: None,
+            truncates: false,
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
@@ -389,6 +405,7 @@ mod tests {
             ("V4_MEMORY", "99999999999G"),
             ("V4_KV_TYPE", "f32"),
             ("V4_KV_DISK", "no"),
+            ("V4_TRUNCATE", "never"),
             ("V4_REGISTRY", "registry.ollama.ai"),
             ("V4_LIMIT_RATE", "fast"),
             ("V4_LOG", "loud"),

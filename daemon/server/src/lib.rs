@@ -128,7 +128,9 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     pull.rate = config.limit_rate;
     let headers = Arc::new(catalog::Headers(supervisor.clone()));
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
-    Daemon::new(store, jobs, supervisor)
+    let mut daemon = Daemon::new(store, jobs, supervisor);
+    daemon.truncates = config.truncates;
+    daemon
 }
 
 /// Who may call a daemon that listens on `bound`.

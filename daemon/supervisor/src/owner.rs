@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use v4_proto::{
-    Event as Answered, Fault, ModelInfo, ModelName,
+    Event as Answered, Fault, Lane, ModelInfo, ModelName,
     frame::{KvDisk, KvType, LoadOptions},
 };
 use v4_store::Lease;
@@ -29,7 +29,7 @@ use crate::{
 /// What a client asks for.
 #[derive(Debug)]
 pub(crate) enum Work {
-    Generate(Route),
+    Generate(Route, Lane),
     Load,
     Swap,
 }
@@ -179,7 +179,8 @@ impl Owner {
     fn ask(&mut self, ask: Ask) {
         let Ask { id, target, lease, keep_alive, work, reply } = ask;
         let (kind, route) = match work {
-            Work::Generate(route) => (Kind::Generate, Some(route)),
+            Work::Generate(route, Lane::Interactive) => (Kind::Generate, Some(route)),
+            Work::Generate(route, Lane::Background) => (Kind::Background, Some(route)),
             Work::Load => (Kind::Load, None),
             Work::Swap => (Kind::Swap, None),
         };

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use v4_proto::frame::RequestId;
-use v4_proto::{Delta, Done, Event, Finish, Usage};
+use v4_proto::{Delta, Done, Event, Finish, Lane, Usage};
 
 use super::{Emit, as_u32};
 use crate::dialect::Reader;
@@ -12,7 +12,7 @@ use crate::kv::chain::Chain;
 use crate::kv::disk::Fetching;
 use crate::prepare::Sequence;
 use crate::sample::Sampler;
-use crate::schedule::Load;
+use crate::schedule::{self, Load};
 use crate::speculate;
 use crate::text::Detokenizer;
 use crate::tokenizer::Tokenizer;
@@ -40,6 +40,9 @@ pub(super) struct Active {
     pub id: RequestId,
     /// Prompt and answer.
     pub tokens: Vec<u32>,
+    /// When it came; in the background it counts as having come later.
+    pub turn: Instant,
+    lane: Lane,
     pub n_prompt: usize,
     /// How many of `tokens` are in the KV cache.
     pub cached: usize,
@@ -71,8 +74,14 @@ pub(super) struct Active {
 impl Active {
     pub fn new(id: RequestId, sequence: Sequence) -> Self {
         let n_prompt = sequence.prompt.len();
+        let patience = match sequence.lane {
+            Lane::Interactive => Duration::ZERO,
+            Lane::Background => schedule::AGEING,
+        };
         Self {
             id,
+            turn: Instant::now() + patience,
+            lane: sequence.lane,
             n_prompt,
             cached: 0,
             blocks: Vec::new(),
@@ -105,12 +114,13 @@ impl Active {
     }
 
     /// In counts, as if it shared no block.
-    pub fn load(&self) -> Load {
+    pub fn load(&self, now: Instant) -> Load {
         Load {
             cached: self.cached,
             pending: self.tokens.len() - self.cached,
             blocks: self.blocks.len(),
             shared: 0,
+            is_background: self.lane == Lane::Background && now < self.turn,
         }
     }
 

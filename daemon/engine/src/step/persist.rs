@@ -114,7 +114,7 @@ impl Engine {
         let chains = &active.chains[..active.before_last()];
         let known = self.prefix.touch(chains);
         let block_bytes = self.kv.shape.block_bytes();
-        if !is_worth(block_bytes, persist.disk.read_rate(), self.prompt_tokens_per_s) {
+        if !is_worth(block_bytes, persist.disk.read_rate(), self.pace.tokens_per_s()) {
             return Lookup::Over;
         }
         let Some(fetching) = persist.disk.fetch(&chains[known..], known) else {

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use v4_kernels::{Cpu, Map, cpu::CpuOptions};
 use v4_proto::frame::KvDisk;
 use v4_proto::{
-    Code, Digest, Done, Fault, Generate, Input, Message, ModelFiles, Role, SamplingParams, Usage,
+    Code, Digest, Done, Fault, Generate, Input, Lane, Message, ModelFiles, Role, SamplingParams,
+    Usage,
 };
 
 use super::*;
@@ -51,6 +52,7 @@ fn request(ids: Vec<u32>, max_tokens: u32) -> Generate {
         stop: Vec::new(),
         context: None,
         truncate: false,
+        lane: v4_proto::Lane::default(),
     }
 }
 
@@ -494,7 +496,7 @@ const ARCHS: [&str; 6] = [
 fn open_arch(path: &str, slots: u32) -> (Prepare, Engine) {
     let weights = vec![folder().join("..").join(path)];
     let files = ModelFiles { weights, chat_template: None };
-    let cpu = Cpu::open(&CpuOptions { threads: 2, isa: None }).expect("a processor");
+    let cpu = Cpu::open(&CpuOptions { threads: 1, isa: None }).expect("a processor");
     let model = Model::open(&files, Box::new(cpu), &mut |_, _, _| {}).expect("a good model");
     let context = model.info().context_length.min(512);
     // Models of Hugging Face's layout have their tokenizer beside them, which is not read yet.
@@ -659,4 +661,86 @@ fn text_that_repeats_is_guessed_by_itself() {
     let written = u64::from(answer.usage().completion_tokens);
     assert!(drafted > 10 && accepted > 5, "{accepted} of {drafted} in {written}");
     assert!(after.steps - before.steps <= written + 3 - accepted, "each saves a step");
+}
+
+/// Runs until `is_over`; the ids in the order of their first word, and of their end.
+fn watch(engine: &mut Engine, answers: &mut BTreeMap<RequestId, Answer>) -> Vec<RequestId> {
+    let mut ended = Vec::new();
+    let mut n_steps = 0;
+    loop {
+        let mut take = |id, event: Event| {
+            if matches!(event, Event::Done(_)) {
+                ended.push(id);
+            }
+            answers.entry(id).or_default().take(event);
+        };
+        if !engine.step(&mut take).expect("it works") {
+            return ended;
+        }
+        n_steps += 1;
+        assert!(n_steps < 10_000, "it does not end");
+    }
+}
+
+#[test]
+fn who_waits_goes_before_who_does_not() {
+    let (prepare, mut engine) = open("llama-f16", 1, None);
+    let ids = |name: &str| golden("llama-f16", &format!("{name}.input_ids"));
+    let background = Generate { lane: Lane::Background, ..request(ids("long"), 20) };
+    let urgent = request(ids("medium"), 20);
+    let mut alone = Vec::new();
+    for request in [&background, &urgent] {
+        let (prepare, mut engine) = open("llama-f16", 1, None);
+        alone.push(run_one(&prepare, &mut engine, request.clone()).text);
+    }
+    // It has begun to write when somebody comes who waits, and another in the background.
+    let mut answers = BTreeMap::new();
+    let submit = |engine: &mut Engine, id, request: &Generate| {
+        engine.submit(id, prepare.prepare(request).expect("a good request"));
+    };
+    submit(&mut engine, 1, &background);
+    for _ in 0..5 {
+        let mut take = |id, event| answers.entry(id).or_insert_with(Answer::default).take(event);
+        engine.step(&mut take).expect("it works");
+    }
+    submit(&mut engine, 2, &background);
+    submit(&mut engine, 3, &urgent);
+    assert_eq!(watch(&mut engine, &mut answers), [3, 1, 2]);
+    let texts: Vec<&String> = answers.values().map(|answer| &answer.text).collect();
+    assert_eq!(texts, [&alone[0], &alone[0], &alone[1]], "nobody's text suffers");
+
+    // When its turn has come it is like any other.
+    let mut answers = BTreeMap::new();
+    submit(&mut engine, 1, &background);
+    submit(&mut engine, 2, &urgent);
+    let first = engine.waiting[0].turn;
+    for active in &mut engine.waiting {
+        active.turn = if active.id == 1 { first } else { Instant::now() };
+    }
+    engine.waiting.make_contiguous().sort_by_key(|active| active.turn);
+    assert_eq!(watch(&mut engine, &mut answers), [1, 2]);
+}
+
+#[test]
+fn a_prompt_that_is_read_is_cancelled_with_the_next_step() {
+    let (prepare, mut engine) = open("llama-f16", 2, None);
+    let ids = golden("llama-f16", "long.input_ids");
+    let short = golden("llama-f16", "short.input_ids");
+    // One writes, so the other is read in chunks.
+    engine.submit(1, prepare.prepare(&request(short, 500)).expect("a good request"));
+    engine.step(&mut |_, _| {}).expect("it works");
+    engine.submit(2, prepare.prepare(&request(ids, 20)).expect("a good request"));
+    engine.pace = schedule::Pace::default();
+    engine.step(&mut |_, _| {}).expect("it works");
+    let read = engine.running[1].cached;
+    assert!(read > 0 && read < 300, "{read}");
+    engine.cancel(2);
+    let mut ended = Vec::new();
+    let mut take = |id, event| {
+        if let Event::Done(done) = event {
+            ended.push((id, done.finish));
+        }
+    };
+    engine.step(&mut take).expect("it works");
+    assert_eq!((ended.as_slice(), engine.running.len()), (&[(2, Finish::Cancelled)][..], 1));
 }
