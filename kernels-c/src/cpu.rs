@@ -2,6 +2,7 @@
 //! job a call of C.
 
 mod attention;
+mod blocks;
 mod cache;
 #[cfg(test)]
 mod conformance;
@@ -25,6 +26,7 @@ use memory::Spread;
 /// Query heads that may share a KV head: the most of [`Attention::n_heads`] over
 /// [`KvShape::n_kv_heads`].
 pub use attention::QUERY_ROWS as MAX_QUERY_GROUP;
+pub use blocks::BLOCK_LAYOUT;
 pub use input::HostActivations;
 pub use memory::{HostBuffer, HostKv};
 

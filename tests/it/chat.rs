@@ -189,3 +189,59 @@ fn stop_strings_end_an_answer_and_are_not_part_of_it() {
     assert_eq!(stopped["response"], whole[..at]);
     assert_eq!(stopped["done_reason"], "stop");
 }
+
+/// A conversation of several turns, and its request with a cap on the context.
+fn long_chat(num_ctx: u32) -> Value {
+    let turn =
+        |role: &str, n: u32| json!({"role": role, "content": format!("turn {n} ").repeat(8)});
+    let mut turns: Vec<Value> =
+        (0..8).flat_map(|n| [turn("user", n), turn("assistant", n)]).collect();
+    turns.push(json!({"role": "user", "content": "and now?"}));
+    json!({"model": "tiny", "messages": turns, "stream": false,
+           "options": {"num_predict": 2, "num_ctx": num_ctx}})
+}
+
+#[test]
+fn a_cap_on_the_context_is_one_requests_own_and_never_silent() {
+    let home = Home::new();
+    let weights = home.put_golden("tiny", TINY);
+    let daemon = Daemon::start(&home);
+    let ask = |num_ctx| daemon.tcp.post("/api/chat", &long_chat(num_ctx)).expect(200);
+    let whole = ask(100_000);
+    let runner = daemon.runner(&weights);
+    let figures = |answer: &Value| {
+        let count = |name: &str| answer[name].as_u64().unwrap_or(0);
+        (count("prompt_eval_count"), count("prompt_dropped_count"))
+    };
+    let (sent, none) = figures(&whole);
+    assert!(sent > 150 && none == 0, "{whole}");
+    let (kept, dropped) = figures(&ask(128));
+    assert!(kept < 128 && dropped > 0, "{kept} {dropped}");
+    assert_eq!(kept + dropped, sent, "what was sent is kept or told");
+    assert_eq!(figures(&ask(100_000)), (sent, 0));
+    // No cap has the model loaded again.
+    assert_eq!(daemon.runner(&weights), runner);
+    assert!(daemon.stop().success());
+
+    let daemon = Daemon::start_with(&home, &[("V4_TRUNCATE", "off")]);
+    let refused = daemon.tcp.post("/api/chat", &long_chat(128));
+    let message = refused.error(400);
+    assert!(message.contains(&sent.to_string()) && message.contains("128"), "{message}");
+    daemon.tcp.post("/api/chat", &long_chat(100_000)).expect(200);
+}
+
+#[test]
+fn who_waits_is_answered_before_who_does_not() {
+    let home = Home::new();
+    home.put_endless("tiny");
+    let daemon = Daemon::start_with(&home, &[ENDLESS, ("V4_SLOTS", "1")]);
+    let mut options = options(-1);
+    options["lane"] = json!("background");
+    let body = json!({"model": "tiny", "prompt": "hello", "options": options});
+    let mut patient = daemon.tcp.stream("/api/generate", &body);
+    assert!(patient.json().is_some_and(|line| line["done"] == false), "it runs");
+    // The only place is taken, by somebody who can wait; without lanes this would take minutes.
+    let urgent = json!({"model": "tiny", "prompt": "hello", "options": {"num_predict": 8}});
+    assert_eq!(daemon.generate(&urgent)["eval_count"], 8);
+    assert!(patient.json().is_some_and(|line| line["done"] == false), "and goes on");
+}

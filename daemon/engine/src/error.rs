@@ -71,6 +71,14 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// The folder for blocks of the KV cache cannot be used.
+    #[error("keys and values are not kept in {path}: {source}", path = path.display())]
+    KvDisk {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -80,7 +88,7 @@ impl Error {
     /// What a client may be told.
     pub fn fault(&self) -> Fault {
         let code = match self {
-            Error::Open { .. } | Error::Read { .. } => Code::Disk,
+            Error::Open { .. } | Error::Read { .. } | Error::KvDisk { .. } => Code::Disk,
             Error::Format(error) if error.is_unsupported() => Code::Unsupported,
             Error::Format(_)
             | Error::Metadata { .. }

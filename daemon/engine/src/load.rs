@@ -24,6 +24,8 @@ pub struct Loaded {
     pub context: u32,
     /// Bytes that weights, the KV cache when it is full, and scratch take.
     pub memory_bytes: u64,
+    /// Why blocks of the KV cache are not kept on disk as was asked; all else works.
+    pub disk_error: Option<Error>,
 }
 
 /// Loads a model; `progress` hears how far it is: stage, bytes done, bytes in all.
@@ -50,8 +52,10 @@ pub fn load(
         .weight_bytes
         .saturating_add(model.scratch_bytes())
         .saturating_add(kv_bytes(options.slots, context, model.kv_bytes_per_token()));
-    let engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
-    Ok(Loaded { prepare, engine, info, context, memory_bytes })
+    let mut engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
+    let disk = options.kv_disk.as_ref();
+    let disk_error = disk.and_then(|options| engine.keep_on_disk(options).err());
+    Ok(Loaded { prepare, engine, info, context, memory_bytes, disk_error })
 }
 
 fn kv_type(wanted: frame::KvType) -> KvType {

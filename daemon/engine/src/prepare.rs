@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
-use v4_proto::{Code, Fault, Generate, Input, Message, Role, SamplingParams, Think, limits};
+use v4_proto::{Code, Fault, Generate, Input, Lane, Message, Role, SamplingParams, Think, limits};
 
 use crate::Error;
 use crate::dialect::{Dialect, Reader, Template, Variables};
@@ -25,6 +25,8 @@ pub struct Sequence {
     pub(crate) context: usize,
     /// Most tokens of the answer.
     pub(crate) max_tokens: usize,
+    /// How urgent it is.
+    pub(crate) lane: Lane,
     /// How tokens are chosen.
     pub(crate) sampling: SamplingParams,
     /// Where the request gives no seed.
@@ -159,6 +161,7 @@ impl Prepare {
             prompt,
             context,
             max_tokens: request.max_tokens.map_or(usize::MAX, |n| n as usize),
+            lane: request.lane,
             sampling: request.sampling.clone(),
             seed,
             stop,

@@ -4,6 +4,10 @@
 //! prompts, in equal shares, so that a short prompt does not wait for a long one; blocks go to the
 //! oldest first. When they run out, and only then, the newest sequences give theirs back and wait
 //! again.
+//!
+//! A sequence in the background counts as one that came [`AGEING`] later: until then it is behind
+//! all others, reads what they leave of the budget, and gives its place up to them. Then its turn
+//! has come and it is like any other, so it never starves.
 
 use std::time::Duration;
 
@@ -20,6 +24,8 @@ pub struct Load {
     pub blocks: usize,
     /// Of them, those that an older sequence holds too: giving them back frees nothing.
     pub shared: usize,
+    /// Whether its turn has not come yet; of several these are the newest.
+    pub is_background: bool,
 }
 
 impl Load {
@@ -58,6 +64,14 @@ pub fn admit(slots: usize, running: &[Load], waiting: &[Load], available: usize)
     admitted
 }
 
+/// Which of the `running` sequences gives its place up to those that wait, where `admitted` of them
+/// start otherwise: the newest in the background, as long as one waits that is not.
+pub fn yields(running: &[Load], waiting: &[Load], admitted: usize) -> Option<usize> {
+    let next = waiting.get(admitted)?;
+    let is_urgent = !next.is_background;
+    is_urgent.then(|| running.iter().rposition(|load| load.is_background)).flatten()
+}
+
 /// The next step of the `running` sequences, oldest first, within `budget` tokens (above their
 /// number) and `available` blocks.
 pub fn next(budget: usize, running: &[Load], available: usize) -> Plan {
@@ -75,32 +89,46 @@ pub fn next(budget: usize, running: &[Load], available: usize) -> Plan {
 /// oldest to go on.
 fn share(budget: usize, running: &[Load], mut blocks: usize) -> Option<Vec<usize>> {
     let mut tokens = vec![0; running.len()];
-    let (writing, mut reading): (Vec<usize>, Vec<usize>) =
+    let (writing, reading): (Vec<usize>, Vec<usize>) =
         (0..running.len()).partition(|&index| running[index].pending == 1);
     for &index in &writing {
         blocks = blocks.checked_sub(running[index].lacks(1))?;
         tokens[index] = 1;
     }
-    // Where there is not a token for each, the oldest read.
+    let (background, urgent): (Vec<usize>, Vec<usize>) =
+        reading.into_iter().partition(|&index| running[index].is_background);
     let mut left = budget.saturating_sub(writing.len());
-    reading.truncate(left);
+    for reading in [urgent, background] {
+        deal(running, reading, (&mut left, &mut blocks), &mut tokens);
+    }
+    tokens.first().is_none_or(|&first| first > 0).then_some(tokens)
+}
+
+/// Shares what is left of tokens and blocks among some that read, oldest first.
+fn deal(
+    running: &[Load],
+    mut reading: Vec<usize>,
+    (left, blocks): (&mut usize, &mut usize),
+    tokens: &mut [usize],
+) {
+    // Where there is not a token for each, the oldest read.
+    reading.truncate(*left);
     // Short prompts first: what they leave of their share goes to the longer ones.
     let mut shortest = reading.clone();
     shortest.sort_by_key(|&index| running[index].pending);
     for (done, &index) in shortest.iter().enumerate() {
-        tokens[index] = running[index].pending.min(left / (shortest.len() - done));
-        left -= tokens[index];
+        tokens[index] = running[index].pending.min(*left / (shortest.len() - done));
+        *left -= tokens[index];
     }
     // Old ones first: what blocks there are is theirs, and what tokens blocks keep from others.
     for index in reading {
         let load = &running[index];
-        let room = (load.blocks + blocks) * BLOCK_TOKENS - load.cached;
-        let chunk = load.pending.min(tokens[index] + left).min(room);
-        left = left + tokens[index] - chunk;
-        blocks -= load.lacks(chunk);
+        let room = (load.blocks + *blocks) * BLOCK_TOKENS - load.cached;
+        let chunk = load.pending.min(tokens[index] + *left).min(room);
+        *left = *left + tokens[index] - chunk;
+        *blocks -= load.lacks(chunk);
         tokens[index] = chunk;
     }
-    tokens.first().is_none_or(|&first| first > 0).then_some(tokens)
 }
 
 /// Tokens of one step when nothing else waits for it: as many as go through the layers at once.
@@ -109,17 +137,45 @@ pub const STEP_TOKENS: usize = 512;
 const LEAST_TOKENS: usize = 32;
 /// How long a step may take while other sequences write: a reader notices a longer pause.
 const STEP_TARGET: Duration = Duration::from_millis(100);
+/// The same where nobody waits for what is read.
+const BACKGROUND_TARGET: Duration = Duration::from_millis(40);
+/// How long a sequence in the background stays behind the others.
+pub const AGEING: Duration = Duration::from_secs(20);
 
 /// The budget of a step. While somebody writes, a step should end soon: `tokens_per_s` is the rate
-/// at which prompts were read lately.
+/// at which prompts were read lately; before it is known little is read.
 pub fn budget(running: &[Load], tokens_per_s: Option<f64>) -> usize {
     let n_writing = running.iter().filter(|load| load.pending == 1).count();
     let is_shared = n_writing > 0 && n_writing < running.len();
+    let is_urgent = running.iter().any(|load| load.pending > 1 && !load.is_background);
+    let target = if is_urgent { STEP_TARGET } else { BACKGROUND_TARGET };
     let soon = match tokens_per_s {
-        Some(rate) if is_shared => whole(rate * STEP_TARGET.as_secs_f64()),
-        _ => STEP_TOKENS,
+        _ if !is_shared => STEP_TOKENS,
+        Some(rate) => whole(rate * target.as_secs_f64()),
+        None => LEAST_TOKENS,
     };
     soon.clamp(LEAST_TOKENS, STEP_TOKENS) + n_writing
+}
+
+/// How fast prompts were read lately.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pace(Option<f64>);
+
+impl Pace {
+    /// Tokens a second; `None` before a step has read any.
+    pub fn tokens_per_s(self) -> Option<f64> {
+        self.0
+    }
+
+    /// Learns from a step that read `n` tokens of prompts; a few of them say nothing.
+    pub fn measure(&mut self, n: usize, took: Duration) {
+        const WEIGHT: f64 = 0.5;
+        if n >= 16 && !took.is_zero() {
+            let rate = n as f64 / took.as_secs_f64();
+            let known = self.0.unwrap_or(rate);
+            self.0 = Some(known + WEIGHT * (rate - known));
+        }
+    }
 }
 
 /// The whole part of a count; huge ones are as good as any above [`STEP_TOKENS`].
@@ -135,7 +191,14 @@ mod tests {
     use crate::sample::Rng;
 
     fn load(cached: usize, pending: usize) -> Load {
-        Load { cached, pending, blocks: blocks_for(cached), shared: 0 }
+        Load { cached, pending, blocks: blocks_for(cached), shared: 0, is_background: false }
+    }
+
+    /// Who runs, who waits, how many of those start, and who gives its place up.
+    type Yielding<'a> = (&'a [Load], &'a [Load], usize, Option<usize>);
+
+    fn patient(cached: usize, pending: usize) -> Load {
+        Load { is_background: true, ..load(cached, pending) }
     }
 
     #[test]
@@ -229,9 +292,11 @@ mod tests {
     fn steps_are_short_while_somebody_writes() {
         let reading = load(0, 1000);
         let writing = load(9, 1);
-        let table: [(&[Load], Option<f64>, usize); 6] = [
+        let table: [(&[Load], Option<f64>, usize); 8] = [
             (&[reading], Some(100.0), STEP_TOKENS),
-            (&[reading, writing], None, STEP_TOKENS + 1),
+            (&[reading, writing], None, LEAST_TOKENS + 1),
+            (&[patient(0, 1000), writing], Some(1000.0), 41),
+            (&[patient(0, 1000)], Some(100.0), STEP_TOKENS),
             (&[reading, writing], Some(1000.0), 101),
             (&[reading, writing], Some(1.0), LEAST_TOKENS + 1),
             (&[reading, writing], Some(f64::INFINITY), STEP_TOKENS + 1),
@@ -239,6 +304,82 @@ mod tests {
         ];
         for (running, rate, tokens) in table {
             assert_eq!(budget(running, rate), tokens, "{running:?} {rate:?}");
+        }
+    }
+
+    #[test]
+    fn the_background_has_what_others_leave() {
+        let table: [(&[Load], usize, &[usize]); 5] = [
+            (&[load(0, 1000), patient(0, 1000)], 100, &[100, 0]),
+            (&[load(0, 30), patient(0, 1000)], 100, &[30, 70]),
+            (&[patient(0, 1000), patient(0, 1000)], 100, &[50, 50]),
+            // It writes like any other: a row costs little.
+            (&[load(0, 1000), patient(9, 1)], 100, &[99, 1]),
+            (&[load(0, 30), load(0, 30), patient(0, 9)], 50, &[25, 25, 0]),
+        ];
+        for (running, budget, tokens) in table {
+            assert_eq!(next(budget, running, 1000).tokens, tokens, "{running:?}");
+        }
+    }
+
+    #[test]
+    fn the_background_gives_its_place_up() {
+        let (urgent, later) = (load(9, 1), patient(9, 1));
+        let table: [Yielding<'_>; 6] = [
+            (&[urgent, later, later], &[urgent], 0, Some(2)),
+            (&[urgent, later], &[urgent, urgent], 1, Some(1)),
+            // Nobody urgent waits, or all of them start.
+            (&[later, later], &[later], 0, None),
+            (&[later, later], &[urgent], 1, None),
+            (&[later], &[], 0, None),
+            // Nobody is in the background.
+            (&[urgent, urgent], &[urgent], 0, None),
+        ];
+        for (running, waiting, admitted, expected) in table {
+            assert_eq!(yields(running, waiting, admitted), expected, "{running:?} {waiting:?}");
+        }
+    }
+
+    /// Seconds of a step on a machine that reads `rate` tokens a second, slower the more is before
+    /// them.
+    fn seconds(rate: f64, loads: &[Load], tokens: &[usize]) -> f64 {
+        let one = |(load, &n): (&Load, &usize)| {
+            let depth = (load.cached + n) as f64;
+            n as f64 / rate * (1.0 + depth / 10_000.0)
+        };
+        0.01 + loads.iter().zip(tokens).map(one).sum::<f64>()
+    }
+
+    /// What is promised while a prompt of 30,000 tokens is read: between two tokens of a running
+    /// answer lie never more than two chunks of the target's length, on slow machines and fast
+    /// ones; and the prompt is read without a break.
+    #[test]
+    fn a_long_prompt_does_not_stall_an_answer() {
+        for rate in [400.0, 2000.0, 20_000.0] {
+            let mut pace = Pace::default();
+            let mut running = [load(500, 1), load(0, 30_000)];
+            let (mut worst, mut total) = (0.0_f64, 0.0);
+            while running[1].pending > 1 {
+                let budget = budget(&running, pace.tokens_per_s());
+                let plan = next(budget, &running, 10_000);
+                assert_eq!((plan.preempt, plan.tokens[0]), (0, 1), "the answer goes on each step");
+                assert!(plan.tokens[1] > 0, "so does the prompt");
+                let took = seconds(rate, &running, &plan.tokens);
+                pace.measure(plan.tokens[1], Duration::from_secs_f64(took));
+                (worst, total) = (worst.max(took), total + took);
+                running[0].cached += 1;
+                running[1].cached += plan.tokens[1];
+                running[1].pending -= plan.tokens[1];
+                for load in &mut running {
+                    load.blocks = blocks_for(load.cached);
+                }
+            }
+            // On the slowest machine the least chunk is longer than the target.
+            let least = LEAST_TOKENS as f64 / rate * 4.5;
+            let chunk = STEP_TARGET.as_secs_f64().max(least);
+            assert!(worst <= 2.0 * chunk, "{rate}: {worst}");
+            let alone: f64 = 30_000.0 / rate * 2.5;
+            assert!(total < 2.0 * alone, "{rate}: {total} of {alone}");
         }
     }
 
@@ -311,5 +452,57 @@ mod tests {
             }
             assert_eq!(free, n_blocks, "round {round}");
         }
+    }
+
+    /// However many come that are urgent, one in the background is answered: its turn comes, and
+    /// then nobody who came later is before it. Those who are urgent hardly notice it until then.
+    #[test]
+    fn the_background_never_starves() {
+        const STEP_MS: u64 = 50;
+        let ageing = u64::try_from(AGEING.as_millis()).expect("small");
+        let mut rng = Rng::new(11);
+        // When it came, when its turn is, how many tokens are left, whether it is the one.
+        let mut all: Vec<(u64, u64, usize, bool)> = vec![(0, ageing, 40, true)];
+        let (mut now, mut ended, mut waits) = (0, None, Vec::new());
+        let mut running: Vec<(u64, u64, usize, bool)> = Vec::new();
+        while ended.is_none() {
+            now += STEP_MS;
+            assert!(now < 10 * ageing, "it starves");
+            // Twice as many as there is time for.
+            if rng.below(10) < 4 {
+                all.push((now, now, 10, false));
+            }
+            all.sort_by_key(|job| job.1);
+            let as_load = |job: &(u64, u64, usize, bool)| Load {
+                is_background: job.3 && now < job.1,
+                ..load(10, 1)
+            };
+            loop {
+                let loads: Vec<Load> = running.iter().map(as_load).collect();
+                let waiting: Vec<Load> = all.iter().map(as_load).collect();
+                let n = admit(2, &loads, &waiting, 1000);
+                if let Some(index) = yields(&loads, &waiting, n) {
+                    let job = running.remove(index);
+                    let at = all.partition_point(|other| other.1 <= job.1);
+                    all.insert(at, job);
+                    continue;
+                }
+                waits.extend(all.iter().take(n).filter(|job| !job.3).map(|job| now - job.0));
+                running.extend(all.drain(..n));
+                running.sort_by_key(|job| job.1);
+                break;
+            }
+            for job in &mut running {
+                job.2 -= 1;
+            }
+            if running.iter().any(|job| job.3 && job.2 == 0) {
+                ended = Some(now);
+            }
+            running.retain(|job| job.2 > 0);
+        }
+        // Behind it in the queue are only those who came after its turn.
+        let ended = ended.expect("it ended");
+        assert!(ended > ageing && ended < 3 * ageing, "{ended}");
+        assert!(waits.len() > 100);
     }
 }

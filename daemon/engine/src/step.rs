@@ -1,23 +1,28 @@
 //! The loop: take sequences in, plan a step, run it, choose tokens, say what came of it.
 
+mod active;
+mod draft;
+mod persist;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use v4_kernels::{KvCache, Span};
 use v4_proto::frame::{RequestId, Stats};
-use v4_proto::{Delta, Done, Event, Finish, Usage};
+use v4_proto::{Event, Finish};
 
-use crate::Error;
-use crate::dialect::Reader;
 use crate::kv::blocks::{BLOCK_TOKENS, Pool, blocks_for};
+use crate::kv::chain::Chain;
 use crate::kv::prefix::Prefix;
 use crate::model::{Batch, Model};
 use crate::prepare::Sequence;
-use crate::sample::Sampler;
 use crate::schedule::{self, Load, Plan};
-use crate::text::Detokenizer;
 use crate::tokenizer::Tokenizer;
+use crate::{Error, limits};
+use active::{Active, Lookup};
+use draft::Drafting;
+use persist::Persist;
 
 /// Hears the events of requests.
 pub type Emit<'a> = &'a mut dyn FnMut(RequestId, Event);
@@ -29,14 +34,18 @@ pub struct Engine {
     kv: KvCache,
     pool: Pool,
     prefix: Prefix,
+    /// The blocks on disk.
+    persist: Option<Persist>,
+    /// What all chains of blocks begin with.
+    root: Chain,
     slots: usize,
-    /// In the batch, oldest first.
+    /// In the batch, whose turn came first first.
     running: Vec<Active>,
-    /// First come, first served; preempted ones come first.
+    /// Whose turn comes first first.
     waiting: VecDeque<Active>,
     steps: u64,
-    /// How fast prompts were read lately.
-    prompt_tokens_per_s: Option<f64>,
+    pace: schedule::Pace,
+    drafting: Drafting,
     rows: Rows,
     logits: Vec<f32>,
 }
@@ -49,30 +58,6 @@ struct Rows {
     slots: Vec<u32>,
     /// Rows whose logits are wanted.
     wanted: Vec<u32>,
-}
-
-/// A sequence that is being worked on.
-#[derive(Debug)]
-struct Active {
-    id: RequestId,
-    /// Prompt and answer.
-    tokens: Vec<u32>,
-    n_prompt: usize,
-    /// How many of `tokens` are in the KV cache.
-    cached: usize,
-    blocks: Vec<u32>,
-    context: usize,
-    max_tokens: usize,
-    sampler: Sampler,
-    detokenizer: Detokenizer,
-    reader: Option<Reader>,
-    visible: Vec<u32>,
-    usage: Usage,
-    is_cancelled: bool,
-    /// When work on it began.
-    started: Option<Instant>,
-    /// When its prompt had been read.
-    read: Option<Instant>,
 }
 
 impl Engine {
@@ -106,11 +91,14 @@ impl Engine {
             tokenizer,
             kv,
             prefix: Prefix::default(),
+            persist: None,
+            root: Chain::default(),
             slots,
             running: Vec::new(),
             waiting: VecDeque::new(),
             steps: 0,
-            prompt_tokens_per_s: None,
+            pace: schedule::Pace::default(),
+            drafting: Drafting::default(),
             rows: Rows::default(),
             logits: Vec::new(),
         })
@@ -118,7 +106,9 @@ impl Engine {
 
     /// Takes a sequence in. Its events come from [`Engine::step`].
     pub fn submit(&mut self, id: RequestId, sequence: Sequence) {
-        self.waiting.push_back(Active::new(id, sequence));
+        let mut active = Active::new(id, sequence);
+        self.root.extend(&mut active.chains, &active.tokens);
+        self.wait(active);
     }
 
     /// Ends a sequence: the next step says [`Finish::Cancelled`] and does no more for it. An id
@@ -147,6 +137,10 @@ impl Engine {
             blocks_used: as_u32(total - self.available()),
             blocks_total: as_u32(total),
             steps: self.steps,
+            blocks_saved: self.persist.as_ref().map_or(0, |persist| persist.n_saved),
+            blocks_restored: self.persist.as_ref().map_or(0, |persist| persist.n_restored),
+            drafted: self.drafting.n_drafted,
+            accepted: self.drafting.n_accepted,
         }
     }
 
@@ -157,16 +151,19 @@ impl Engine {
     /// to them as [`Event::Failed`].
     pub fn step(&mut self, emit: Emit<'_>) -> Result<bool, Error> {
         self.end_cancelled(emit);
+        self.take_fetched(limits::RESTORE_STEP_BYTES);
         self.admit();
         if self.running.is_empty() {
+            self.wait_for_fetched();
             return Ok(!self.waiting.is_empty());
         }
         let loads = self.loads();
-        let budget = schedule::budget(&loads, self.prompt_tokens_per_s);
+        let budget = schedule::budget(&loads, self.pace.tokens_per_s());
         let plan = schedule::next(budget, &loads, self.available());
         for _ in 0..plan.preempt {
-            self.preempt_newest();
+            self.preempt(self.running.len() - 1);
         }
+        self.draft(&plan);
         let began = Instant::now();
         match self.forward(&plan) {
             Ok(()) => self.take_logits(&plan, emit),
@@ -176,25 +173,33 @@ impl Engine {
         }
         self.steps += 1;
         self.measure(&plan, began.elapsed());
+        self.save(limits::SAVE_STEP_BLOCKS);
         Ok(!self.is_idle())
     }
 
     /// Blocks that are free or can be made so.
     fn available(&self) -> usize {
-        self.pool.n_free() + self.prefix.n_idle(&self.pool)
+        self.pool.n_free() + self.prefix.n_idle()
     }
 
     /// The running sequences in counts, oldest first.
     fn loads(&self) -> Vec<Load> {
+        let now = Instant::now();
         let mut is_held = vec![false; self.pool.len()];
         let count = |active: &Active| {
-            let mut load = active.load();
+            let mut load = active.load(now);
             for &block in &active.blocks {
                 load.shared += usize::from(std::mem::replace(&mut is_held[block as usize], true));
             }
             load
         };
         self.running.iter().map(count).collect()
+    }
+
+    /// Puts a sequence among those that wait, by its turn.
+    fn wait(&mut self, active: Active) {
+        let at = self.waiting.partition_point(|other| other.turn <= active.turn);
+        self.waiting.insert(at, active);
     }
 
     fn end_cancelled(&mut self, emit: Emit<'_>) {
@@ -213,44 +218,71 @@ impl Engine {
         }
     }
 
-    /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them.
+    /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them;
+    /// those in the background make room for others. One whose blocks are on their way from disk
+    /// keeps its place.
     fn admit(&mut self) {
-        let running = self.loads();
-        let waiting: Vec<Load> = self.waiting.iter().map(Active::load).collect();
-        let n = schedule::admit(self.slots, &running, &waiting, self.available());
-        for mut active in self.waiting.drain(..n) {
-            active.blocks = self.prefix.find(&mut self.pool, &active.tokens);
-            active.cached = active.blocks.len() * BLOCK_TOKENS;
-            if active.started.is_none() {
-                active.started = Some(Instant::now());
-                active.usage.cached_tokens = as_u32(active.cached);
+        let n = loop {
+            let (now, running) = (Instant::now(), self.loads());
+            let waiting: Vec<Load> = self.waiting.iter().map(|active| active.load(now)).collect();
+            let n = schedule::admit(self.slots, &running, &waiting, self.available());
+            match schedule::yields(&running, &waiting, n) {
+                Some(index) => self.preempt(index),
+                None => break n,
             }
-            self.running.push(active);
+        };
+        let mut at = 0;
+        for _ in 0..n {
+            if self.is_coming(at) {
+                at += 1;
+            } else if let Some(active) = self.waiting.remove(at) {
+                self.start(active);
+            }
         }
     }
 
-    /// Takes the newest sequence out of the batch; it will be read again.
-    fn preempt_newest(&mut self) {
-        if let Some(mut active) = self.running.pop() {
-            self.give_back(&mut active);
-            self.waiting.push_front(active);
+    fn start(&mut self, mut active: Active) {
+        let known = active.before_last();
+        active.blocks = self.prefix.find(&mut self.pool, &active.chains[..known]);
+        active.cached = active.blocks.len() * BLOCK_TOKENS;
+        active.started.get_or_insert_with(Instant::now);
+        if !std::mem::replace(&mut active.was_admitted, true) {
+            active.usage.cached_tokens = as_u32(active.cached);
         }
+        let at = self.running.partition_point(|other| other.turn <= active.turn);
+        self.running.insert(at, active);
+    }
+
+    /// Takes a sequence out of the batch; it will be read again.
+    fn preempt(&mut self, index: usize) {
+        let mut active = self.running.remove(index);
+        self.give_back(&mut active);
+        self.wait(active);
     }
 
     /// Frees the blocks of a sequence; the prefix cache keeps the full ones as long as it may.
     fn give_back(&mut self, active: &mut Active) {
-        self.prefix.keep(&mut self.pool, &active.tokens[..active.cached], &active.blocks);
-        active.blocks.drain(..).for_each(|block| self.pool.release(block));
+        self.root.extend(&mut active.chains, &active.tokens);
+        let full = &active.chains[..active.cached / BLOCK_TOKENS];
+        self.prefix.keep(&mut self.pool, full, &active.blocks);
+        for block in active.blocks.drain(..) {
+            self.prefix.release(&mut self.pool, block);
+        }
         active.cached = 0;
+        active.lookup = Lookup::Due;
     }
 
     fn take_block(&mut self) -> u32 {
-        loop {
-            if let Some(block) = self.pool.take() {
-                return block;
-            }
-            assert!(self.prefix.evict(&mut self.pool), "the plan counted the blocks there are");
+        self.try_take_block().expect("the plan counted the blocks there are")
+    }
+
+    /// A block that was free, or idle in the prefix cache.
+    fn try_take_block(&mut self) -> Option<u32> {
+        if self.pool.n_free() == 0 {
+            let evicted = self.prefix.evict(&mut self.pool)?;
+            self.save_evicted(evicted);
         }
+        self.pool.take()
     }
 
     /// Runs the planned tokens of each sequence.
@@ -258,6 +290,7 @@ impl Engine {
         let mut rows = std::mem::take(&mut self.rows);
         rows.clear();
         for (index, &n) in plan.tokens.iter().enumerate() {
+            // A draft fits the blocks that the known tokens need.
             while self.running[index].blocks.len() < blocks_for(self.running[index].cached + n) {
                 let block = self.take_block();
                 self.running[index].blocks.push(block);
@@ -266,7 +299,8 @@ impl Engine {
         }
         let mut first_row = 0;
         let spans = self.running.iter().zip(&plan.tokens).filter(|&(_, &n)| n > 0);
-        let spans = spans.map(|(active, &n_rows)| {
+        let spans = spans.map(|(active, &n)| {
+            let n_rows = n + active.draft.len();
             let kv_len = active.cached + n_rows;
             let span = Span { first_row, n_rows, kv_len, blocks: &active.blocks };
             first_row += n_rows;
@@ -285,7 +319,8 @@ impl Engine {
         result
     }
 
-    /// Chooses a token for each sequence whose known tokens are all read.
+    /// Chooses tokens for each sequence whose known tokens are all read: one, and one more for each
+    /// guess that was right.
     fn take_logits(&mut self, plan: &Plan, emit: Emit<'_>) {
         let mut logits = std::mem::take(&mut self.logits);
         let mut rows = logits.chunks_exact_mut(self.model.vocabulary());
@@ -293,11 +328,14 @@ impl Engine {
         for (index, &n) in plan.tokens.iter().enumerate() {
             let active = &mut self.running[index];
             active.cached += n;
-            if active.cached == active.tokens.len() {
-                let row = rows.next().expect("there is a row of logits for each such sequence");
-                if let Some(finish) = active.write(&self.tokenizer, row, emit) {
-                    ended.push((index, finish));
-                }
+            if active.cached < active.tokens.len() {
+                continue;
+            }
+            let own = rows.by_ref().take(1 + active.draft.len());
+            let (finish, accepted) = active.choose(&self.tokenizer, own, emit);
+            self.drafting.n_accepted += accepted;
+            if let Some(finish) = finish {
+                ended.push((index, finish));
             }
         }
         for (index, finish) in ended.into_iter().rev() {
@@ -321,14 +359,13 @@ impl Engine {
         }
     }
 
-    /// Learns how fast prompts are read, from steps that mostly do that.
+    /// Learns how fast prompts are read, from steps that mostly do that, and what rows cost, from
+    /// those that only write.
     fn measure(&mut self, plan: &Plan, took: Duration) {
-        const WEIGHT: f64 = 0.5;
         let n: usize = plan.tokens.iter().filter(|&&n| n > 1).sum();
-        if n >= 16 && !took.is_zero() {
-            let rate = n as f64 / took.as_secs_f64();
-            let known = self.prompt_tokens_per_s.unwrap_or(rate);
-            self.prompt_tokens_per_s = Some(known + WEIGHT * (rate - known));
+        self.pace.measure(n, took);
+        if n == 0 {
+            self.drafting.cost.measure(self.rows.tokens.len(), took.as_secs_f64());
         }
     }
 }
@@ -341,127 +378,22 @@ impl Rows {
         self.wanted.clear();
     }
 
-    /// Adds the next `n` tokens of a sequence, and asks for logits where they are its last.
+    /// Adds the next `n` tokens of a sequence and its draft, and asks for logits where they are its
+    /// last: of that and of each guess.
     fn push(&mut self, active: &Active, n: usize) {
         let end = active.cached + n;
-        self.tokens.extend(&active.tokens[active.cached..end]);
-        for position in active.cached..end {
+        let is_last = n > 0 && end == active.tokens.len();
+        let known = &active.tokens[active.cached..end];
+        let first_wanted = self.tokens.len() + n - usize::from(is_last);
+        self.tokens.extend(known.iter().chain(&active.draft));
+        for position in active.cached..end + active.draft.len() {
             self.positions.push(as_u32(position));
             let block = active.blocks[position / BLOCK_TOKENS] as usize;
             self.slots.push(as_u32(block * BLOCK_TOKENS + position % BLOCK_TOKENS));
         }
-        if n > 0 && end == active.tokens.len() {
-            self.wanted.push(as_u32(self.tokens.len() - 1));
+        if is_last {
+            self.wanted.extend((first_wanted..self.tokens.len()).map(as_u32));
         }
-    }
-}
-
-impl Active {
-    fn new(id: RequestId, sequence: Sequence) -> Self {
-        let n_prompt = sequence.prompt.len();
-        Self {
-            id,
-            n_prompt,
-            cached: 0,
-            blocks: Vec::new(),
-            context: sequence.context,
-            max_tokens: sequence.max_tokens,
-            sampler: Sampler::new(sequence.sampling, sequence.seed),
-            detokenizer: Detokenizer::new(sequence.stop),
-            reader: sequence.reader,
-            visible: sequence.visible,
-            usage: Usage {
-                prompt_tokens: as_u32(n_prompt),
-                sent_tokens: sequence.sent_tokens,
-                ..Usage::default()
-            },
-            tokens: sequence.prompt,
-            is_cancelled: false,
-            started: None,
-            read: None,
-        }
-    }
-
-    /// In counts, as if it shared no block.
-    fn load(&self) -> Load {
-        Load {
-            cached: self.cached,
-            pending: self.tokens.len() - self.cached,
-            blocks: self.blocks.len(),
-            shared: 0,
-        }
-    }
-
-    /// Chooses the next token and says what text it makes certain; how the sequence ends, if it
-    /// does.
-    fn write(
-        &mut self,
-        tokenizer: &Tokenizer,
-        logits: &mut [f32],
-        emit: Emit<'_>,
-    ) -> Option<Finish> {
-        self.read.get_or_insert_with(Instant::now);
-        if self.tokens.len() - self.n_prompt >= self.max_tokens {
-            return Some(self.finish(Finish::Length, emit));
-        }
-        let token = self.sampler.sample(logits, &self.tokens);
-        if tokenizer.is_end(token) {
-            return Some(self.finish(Finish::Stop, emit));
-        }
-        self.tokens.push(token);
-        self.usage.completion_tokens += 1;
-        let is_text = !tokenizer.is_control(token) || self.visible.contains(&token);
-        let bytes = if is_text { tokenizer.bytes(token) } else { &[] };
-        let chunk = self.detokenizer.push(bytes);
-        self.say(&chunk.text, emit);
-        if chunk.stopped {
-            return Some(self.finish(Finish::Stop, emit));
-        }
-        let n_written = self.tokens.len() - self.n_prompt;
-        if n_written >= self.max_tokens || self.tokens.len() >= self.context {
-            return Some(self.finish(Finish::Length, emit));
-        }
-        None
-    }
-
-    /// Says text through the reader.
-    fn say(&mut self, text: &str, emit: Emit<'_>) {
-        let delta = match &mut self.reader {
-            Some(reader) => reader.push(text),
-            None => Delta { text: text.to_owned(), ..Delta::default() },
-        };
-        self.emit(delta, emit);
-    }
-
-    /// Says what was held back.
-    fn finish(&mut self, finish: Finish, emit: Emit<'_>) -> Finish {
-        let rest = self.detokenizer.finish();
-        self.say(&rest.text, emit);
-        let Some(reader) = &mut self.reader else { return finish };
-        let delta = reader.finish();
-        let has_calls = reader.has_calls();
-        self.emit(delta, emit);
-        if has_calls && finish == Finish::Stop { Finish::ToolCalls } else { finish }
-    }
-
-    fn emit(&self, delta: Delta, emit: Emit<'_>) {
-        if delta != Delta::default() {
-            emit(self.id, Event::Delta(delta));
-        }
-    }
-
-    fn done(&self, finish: Finish) -> Done {
-        let now = Instant::now();
-        let read = self.read.unwrap_or(now);
-        let nanoseconds =
-            |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        let prompt = self.started.map_or(Duration::ZERO, |started| read - started);
-        let usage = Usage {
-            prompt_ns: nanoseconds(prompt),
-            completion_ns: nanoseconds(now - read),
-            ..self.usage
-        };
-        Done { finish, usage }
     }
 }
 

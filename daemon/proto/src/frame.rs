@@ -5,11 +5,11 @@
 //! input or output: both ends read eight bytes, ask [`Lengths::parse`] how much follows, and hand
 //! what they read to [`decode`].
 
-use std::str::FromStr;
+use std::{path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Delta, Done, Fault, Generate, Inspection, ModelFiles, ModelInfo, limits};
+use crate::{Delta, Digest, Done, Fault, Generate, Inspection, ModelFiles, ModelInfo, limits};
 
 /// The number of this protocol. Another number at the other end is a fault, not a guess.
 pub const PROTOCOL: u32 = 1;
@@ -105,9 +105,24 @@ pub struct LoadOptions {
     /// How exact products are.
     #[serde(default)]
     pub precision: Precision,
+    /// Where keys and values outlive the process; `None` is nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_disk: Option<KvDisk>,
     /// An instruction set by name instead of the best one of this machine (tests, `--isa`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isa: Option<String>,
+}
+
+/// Where blocks of keys and values are kept on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvDisk {
+    /// The folder of all models; each has one of its own in it. The quota counts both.
+    pub root: PathBuf,
+    /// The digests of the model's weights, in order; the first names its folder.
+    pub models: Vec<Digest>,
+    /// Bytes that the blocks of all models may take. Several runners that write at a time may pass
+    /// it by a 32nd each until one of them counts again.
+    pub quota_bytes: u64,
 }
 
 /// From the daemon to a runner.
@@ -174,6 +189,18 @@ pub struct Stats {
     pub blocks_total: u32,
     /// Steps of the engine since the start. Work in flight and no change here is a hang.
     pub steps: u64,
+    /// Blocks given to the disk since the start.
+    #[serde(default)]
+    pub blocks_saved: u64,
+    /// Blocks that came back from there.
+    #[serde(default)]
+    pub blocks_restored: u64,
+    /// Tokens that were guessed since the start.
+    #[serde(default)]
+    pub drafted: u64,
+    /// Of these, those that the model chose too: each one saved a step.
+    #[serde(default)]
+    pub accepted: u64,
 }
 
 /// From a runner to the daemon.
@@ -341,6 +368,7 @@ mod tests {
                 stop: vec!["x".into()],
                 context: None,
                 truncate: true,
+                lane: crate::Lane::Background,
             }),
         });
         round_trip(&ToRunner::Drain { deadline_ms: 5 });

@@ -24,4 +24,4 @@ pub use event::{Delta, Done, Event, Finish, ToolCall, Usage};
 pub use fault::{Code, Fault};
 pub use info::{Ability, Inspection, ModelInfo, TensorInfo};
 pub use name::{Digest, ModelName};
-pub use request::{Generate, Input, Message, ModelFiles, Role, SamplingParams, Think};
+pub use request::{Generate, Input, Lane, Message, ModelFiles, Role, SamplingParams, Think};

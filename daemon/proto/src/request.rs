@@ -163,6 +163,28 @@ impl SamplingParams {
     }
 }
 
+/// How urgent a request is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Lane {
+    /// Somebody waits for it.
+    #[default]
+    Interactive,
+    /// Nobody does: it takes what the others leave, and its turn when it has waited long.
+    Background,
+}
+
+impl Lane {
+    /// The lane of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "interactive" => Some(Self::Interactive),
+            "background" => Some(Self::Background),
+            _ => None,
+        }
+    }
+}
+
 /// A request for text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generate {
@@ -184,6 +206,9 @@ pub struct Generate {
     /// `false` is a fault.
     #[serde(default)]
     pub truncate: bool,
+    /// How urgent it is.
+    #[serde(default)]
+    pub lane: Lane,
 }
 
 /// The files of a model as a runner gets them: paths of immutable, leased blobs.

@@ -1,6 +1,8 @@
 //! What a runner needs of an engine, so that its threads and its drain are tested with one that
 //! does as it is told.
 
+use std::time::Duration;
+
 use v4_proto::{
     Event, Fault, Generate, Inspection, ModelFiles, ModelInfo,
     frame::{LoadOptions, RequestId, Stage, Stats},
@@ -52,6 +54,10 @@ pub trait Backend: 'static {
     fn set_threads(engine: &mut Self::Engine, threads: u32);
     /// One step; `false` when nothing is left to do.
     fn step(engine: &mut Self::Engine, on_event: OnEvent<'_>) -> Result<bool, Fault>;
+    /// Some milliseconds of work in the background; `false` when there is none.
+    fn rest(engine: &mut Self::Engine) -> bool;
+    /// Finishes that work as far as `patience` goes.
+    fn flush(engine: &mut Self::Engine, patience: Duration);
     /// The figures of now.
     fn stats(engine: &Self::Engine) -> Stats;
 }

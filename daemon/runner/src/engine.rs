@@ -1,6 +1,6 @@
 //! The engine of this build, as the runner sees it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use v4_engine::{
     load,
@@ -38,7 +38,10 @@ impl Backend for Native {
         on_progress: OnProgress<'_>,
     ) -> Result<Loaded<Self>, Fault> {
         let loaded = load::load(files, options, on_progress).map_err(|error| told(&error))?;
-        let load::Loaded { prepare, engine, info, context, memory_bytes } = loaded;
+        let load::Loaded { prepare, engine, info, context, memory_bytes, disk_error } = loaded;
+        if let Some(error) = disk_error {
+            crate::io::complain(&error);
+        }
         Ok(Loaded { prepare, engine, info, context, memory_bytes })
     }
 
@@ -60,6 +63,14 @@ impl Backend for Native {
 
     fn step(engine: &mut Engine, on_event: OnEvent<'_>) -> Result<bool, Fault> {
         engine.step(on_event).map_err(|error| told(&error))
+    }
+
+    fn rest(engine: &mut Engine) -> bool {
+        engine.rest()
+    }
+
+    fn flush(engine: &mut Engine, patience: Duration) {
+        engine.flush(patience);
     }
 
     fn stats(engine: &Engine) -> Stats {

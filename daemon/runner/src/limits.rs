@@ -15,3 +15,6 @@ pub const PROGRESS: Duration = Duration::from_millis(100);
 pub const DRAIN: Duration = Duration::from_hours(365 * 24);
 /// What cancelled sequences get after the deadline of a drain; a cancel takes one step.
 pub const CANCEL: Duration = Duration::from_secs(1);
+/// What blocks of keys and values get to reach the disk before a drained runner leaves: less than
+/// the two seconds that the daemon waits for it then.
+pub const FLUSH: Duration = Duration::from_millis(1500);

@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    sync::mpsc::{Receiver, sync_channel},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread::JoinHandle,
     time::Instant,
 };
@@ -26,7 +26,12 @@ struct FakeEngine {
     cancelled: Vec<RequestId>,
     threads: u32,
     steps: u64,
+    /// Whether it always has work in the background.
+    is_restless: bool,
 }
+
+/// Told when a restless engine is flushed.
+static FLUSHED: Mutex<Option<SyncSender<()>>> = Mutex::new(None);
 
 /// Opened by the test of the heartbeat, so that a step lasts until then.
 static GATE: Mutex<Option<Receiver<()>>> = Mutex::new(None);
@@ -64,7 +69,10 @@ impl Backend for Fake {
         }
         Ok(Loaded {
             prepare: (),
-            engine: FakeEngine::default(),
+            engine: FakeEngine {
+                is_restless: files.weights[0].to_str() == Some("restless"),
+                ..FakeEngine::default()
+            },
             info: ModelInfo {
                 format: "gguf".into(),
                 arch: "fake".into(),
@@ -149,6 +157,17 @@ impl Backend for Fake {
         fault.map_or(Ok(!engine.sequences.is_empty()), Err)
     }
 
+    fn rest(engine: &mut FakeEngine) -> bool {
+        engine.is_restless
+    }
+
+    fn flush(engine: &mut FakeEngine, _: Duration) {
+        let told = FLUSHED.lock().expect("no panic").take_if(|_| engine.is_restless);
+        if let Some(told) = told {
+            told.send(()).expect("the test waits");
+        }
+    }
+
     fn stats(engine: &FakeEngine) -> Stats {
         Stats { steps: engine.steps, ..Stats::default() }
     }
@@ -167,6 +186,7 @@ fn options() -> LoadOptions {
         threads: 1,
         kv_type: KvType::F16,
         precision: Precision::Fast,
+        kv_disk: None,
         isa: None,
     }
 }
@@ -287,6 +307,7 @@ fn generate(id: RequestId, input: Input) -> ToRunner {
         stop: Vec::new(),
         context: None,
         truncate: false,
+        lane: v4_proto::Lane::default(),
     };
     ToRunner::Generate { id, request: Box::new(request) }
 }
@@ -475,6 +496,23 @@ fn a_drain_past_its_deadline_cancels() {
     daemon.next_of(|message| matches!(message, FromRunner::Delta { .. }));
     daemon.send(&ToRunner::Drain { deadline_ms: 0 });
     assert_eq!(daemon.events_until_end(1).pop(), Some((1, done(Finish::Cancelled))));
+    daemon.left().expect("a drain is an end in order");
+}
+
+#[test]
+fn work_in_the_background_yields_to_orders_and_is_finished_by_a_drain() {
+    let (flushed, told) = sync_channel(1);
+    *FLUSHED.lock().expect("no panic") = Some(flushed);
+    let mut daemon = Daemon::start::<Fake>();
+    daemon.send(&ToRunner::Load { files: files("restless"), options: options() });
+    daemon.next_of(|message| matches!(message, FromRunner::Ready { .. }));
+    for id in 1..=3 {
+        daemon.ask(id, "2");
+        assert_eq!(daemon.events_until_end(id).len(), 3);
+    }
+    daemon.send(&ToRunner::Drain { deadline_ms: 60_000 });
+    daemon.next_of(|message| *message == FromRunner::Drained);
+    told.try_recv().expect("it was flushed before it said so");
     daemon.left().expect("a drain is an end in order");
 }
 

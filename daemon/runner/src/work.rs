@@ -63,6 +63,9 @@ impl<B: Backend> Worker<B> {
             }
             if self.live.is_empty() {
                 if self.drain_by.is_some() {
+                    if let Some(engine) = &mut self.engine {
+                        B::flush(engine, limits::FLUSH);
+                    }
                     // A closed channel is a daemon that has gone; so everywhere here.
                     let _ = self.out.send(Out::Last(FromRunner::Drained));
                     return Ok(());
@@ -74,15 +77,23 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    /// Takes all orders there are; waits for one where there is nothing to do. `false` when nobody
-    /// is left to work for.
+    /// Takes all orders there are; where there is nothing to do, works in the background until
+    /// there is one, then waits for it. `false` when nobody is left to work for.
     fn take_orders(&mut self) -> Result<bool, Fault> {
         if self.live.is_empty() && self.drain_by.is_none() {
+            if self.engine.as_mut().is_some_and(B::rest) {
+                return self.take_waiting();
+            }
             match self.orders.recv() {
                 Ok(order) => self.obey(order)?,
                 Err(_) => return Ok(false),
             }
         }
+        self.take_waiting()
+    }
+
+    /// Takes the orders that are there.
+    fn take_waiting(&mut self) -> Result<bool, Fault> {
         loop {
             match self.orders.try_recv() {
                 Ok(order) => self.obey(order)?,

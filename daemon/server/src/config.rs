@@ -52,6 +52,15 @@ pub struct Config {
     /// How exact products are (`V4_PRECISION`): `fast` rounds what is multiplied with quantised
     /// weights to eight bits; `quality` does not, and reads prompts several times slower.
     pub precision: Precision,
+    /// Bytes on disk that keys and values of idle conversations may take (`V4_KV_DISK`), with K, M
+    /// or G behind the number: the next turn of a conversation goes on from there after a swap, a
+    /// crash or a restart, and what was used longest ago goes first. `None` (written `off`) keeps
+    /// none.
+    pub kv_disk: Option<u64>,
+    /// Whether a conversation that does not fit its context loses its oldest turns
+    /// (`V4_TRUNCATE`): `on`, and the answer says how many tokens that were; or `off`, and it is
+    /// refused.
+    pub truncates: bool,
     /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
     pub max_queue: usize,
     /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
@@ -93,6 +102,9 @@ const DEFAULT_CONTEXT: u32 = 8192;
 /// context is set aside.
 const DEFAULT_SLOTS: u32 = 2;
 
+/// A dozen conversations of 16,384 tokens with a model of some billion weights.
+const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
+
 impl Config {
     /// The settings from the command line and the variables. `variable` looks a variable up; one
     /// that is set to nothing counts as not set.
@@ -131,6 +143,11 @@ impl Config {
             threads: number("V4_THREADS", text("V4_THREADS"), 0)?,
             kv_type: number("V4_KV_TYPE", text("V4_KV_TYPE"), KvType::F16)?,
             precision: number("V4_PRECISION", text("V4_PRECISION"), Precision::Fast)?,
+            kv_disk: match text("V4_KV_DISK") {
+                None => Some(DEFAULT_KV_DISK_BYTES),
+                Some(value) => kv_disk(value)?,
+            },
+            truncates: text("V4_TRUNCATE").map_or(Ok(true), switch)?,
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
@@ -203,6 +220,27 @@ fn memory(value: String) -> Result<u64, Error> {
     })
 }
 
+/// `on` or `off`.
+fn switch(value: String) -> Result<bool, Error> {
+    match value.as_str() {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(Error::Setting { setting: "V4_TRUNCATE", value, expected: "on or off" }),
+    }
+}
+
+/// Bytes, or `off`.
+fn kv_disk(value: String) -> Result<Option<u64>, Error> {
+    if value == "off" {
+        return Ok(None);
+    }
+    bytes(&value).map(Some).ok_or(Error::Setting {
+        setting: "V4_KV_DISK",
+        value,
+        expected: "a number of bytes such as 8G, or off",
+    })
+}
+
 fn limit_rate(value: String) -> Result<Option<NonZeroU64>, Error> {
     bytes(&value).map(NonZeroU64::new).ok_or(Error::Setting {
         setting: "V4_LIMIT_RATE",
@@ -271,6 +309,7 @@ mod tests {
         assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
         assert_eq!((config.log_file, config.log_level), (None, LevelFilter::INFO));
         assert_eq!((config.registries, config.limit_rate), (None, None));
+        assert_eq!((config.kv_disk, config.truncates), (Some(8 << 30), true));
         assert_eq!(config.auth_file, Some("/u/.docker/config.json".into()));
         assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
     }
@@ -287,6 +326,8 @@ mod tests {
             ("V4_THREADS", "3"),
             ("V4_KV_TYPE", "q8_0"),
             ("V4_PRECISION", "quality"),
+            ("V4_KV_DISK", "off"),
+            ("V4_TRUNCATE", "off"),
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
@@ -310,6 +351,8 @@ mod tests {
             threads: 3,
             kv_type: KvType::Q8_0,
             precision: Precision::Quality,
+            kv_disk: None,
+            truncates: false,
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
@@ -370,6 +413,8 @@ mod tests {
             ("V4_MEMORY", "99999999999G"),
             ("V4_KV_TYPE", "f32"),
             ("V4_PRECISION", "exact"),
+            ("V4_KV_DISK", "no"),
+            ("V4_TRUNCATE", "never"),
             ("V4_REGISTRY", "registry.ollama.ai"),
             ("V4_LIMIT_RATE", "fast"),
             ("V4_LOG", "loud"),

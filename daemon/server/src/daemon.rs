@@ -23,6 +23,8 @@ pub struct Daemon {
     pub supervisor: Supervisor,
     /// Where TCP clients are served, once that is known.
     pub listen: OnceLock<SocketAddr>,
+    /// Whether conversations that do not fit may lose their oldest turns.
+    pub truncates: bool,
     /// The figures of models asked for lately, by the digest of their weights.
     known: Mutex<HashMap<Digest, ModelInfo>>,
 }
@@ -30,7 +32,8 @@ pub struct Daemon {
 impl Daemon {
     /// A daemon of these parts.
     pub fn new(store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
-        Self { store, jobs, supervisor, listen: OnceLock::new(), known: Mutex::default() }
+        let (listen, known) = (OnceLock::new(), Mutex::default());
+        Self { store, jobs, supervisor, listen, truncates: true, known }
     }
 
     /// Calls the store, which blocks, on a thread that may.

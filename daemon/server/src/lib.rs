@@ -36,7 +36,7 @@ use tokio::{
 };
 use v4_pull::{Jobs, PullConfig};
 use v4_store::Store;
-use v4_supervisor::{Supervisor, SupervisorConfig};
+use v4_supervisor::{KvFolder, Supervisor, SupervisorConfig};
 
 pub use config::{Config, DEFAULT_PORT, Given};
 pub use error::Error;
@@ -107,6 +107,10 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         threads: config.threads,
         kv_type: config.kv_type,
         precision: config.precision,
+        kv_disk: config.kv_disk.map(|quota_bytes| KvFolder {
+            path: config.home.join(v4_store::KV_FOLDER),
+            quota_bytes,
+        }),
         ..base
     };
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
@@ -125,7 +129,9 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     pull.rate = config.limit_rate;
     let headers = Arc::new(catalog::Headers(supervisor.clone()));
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
-    Daemon::new(store, jobs, supervisor)
+    let mut daemon = Daemon::new(store, jobs, supervisor);
+    daemon.truncates = config.truncates;
+    daemon
 }
 
 /// Who may call a daemon that listens on `bound`.

@@ -2,7 +2,7 @@
 //! and limits.
 
 use serde_json::{Map, Value};
-use v4_proto::{Fault, SamplingParams, limits};
+use v4_proto::{Fault, Lane, SamplingParams, limits};
 
 use crate::limits::ECHO_CHARS;
 
@@ -36,6 +36,8 @@ pub struct Options {
     pub num_ctx: Option<u32>,
     /// Texts that end the answer.
     pub stop: Option<Vec<String>>,
+    /// How urgent it is.
+    pub lane: Option<Lane>,
 }
 
 impl Options {
@@ -69,6 +71,10 @@ impl Options {
             "num_predict" => self.num_predict = Some(integer(name, value)?),
             "num_ctx" => self.num_ctx = Some(count(name, integer(name, value)?.max(NUM_CTX_MIN))?),
             "stop" => self.stop = Some(stop(name, value)?),
+            "lane" => {
+                let text = value.as_str().ok_or_else(|| wrong_type(name, "string"))?;
+                self.lane = Some(lane("option \"lane\"", text)?);
+            }
             "num_keep" | "num_batch" | "num_gpu" | "main_gpu" | "num_thread"
             | "draft_num_predict" => drop(integer(name, value)?),
             "use_mmap" if value.is_boolean() => {}
@@ -97,6 +103,7 @@ impl Options {
             num_predict: self.num_predict.or(lower.num_predict),
             num_ctx: self.num_ctx.or(lower.num_ctx),
             stop: self.stop.or(lower.stop),
+            lane: self.lane.or(lower.lane),
         }
     }
 
@@ -122,6 +129,17 @@ impl Options {
         let n = self.num_predict.filter(|&n| n >= 0)?;
         Some(u32::try_from(n).unwrap_or(u32::MAX))
     }
+}
+
+/// A lane by its name, which `place` gave.
+///
+/// # Errors
+/// An `invalid` fault for another name.
+pub fn lane(place: &str, text: &str) -> Result<Lane, Fault> {
+    Lane::named(text).ok_or_else(|| {
+        let text: String = text.chars().take(ECHO_CHARS).collect();
+        Fault::invalid(format!("{place} must be interactive or background, but is \"{text}\""))
+    })
 }
 
 /// Smaller values of `num_ctx` mean this, as in Ollama.
@@ -220,6 +238,7 @@ mod tests {
             ("float32", "frequency_penalty"),
             ("boolean", "use_mmap"),
             ("array", "stop"),
+            ("string", "lane"),
         ];
         for (kind, names) in kinds {
             for name in names.split(' ') {
@@ -249,8 +268,9 @@ mod tests {
     #[test]
     fn the_request_comes_before_the_model() {
         let request = read(&json!({"temperature": 0.1})).expect("valid");
-        let model = read(&json!({"temperature": 0.5, "top_k": 3})).expect("valid");
-        let merged = request.or(model);
+        let model = read(&json!({"temperature": 0.5, "top_k": 3, "lane": "background"}));
+        let merged = request.or(model.expect("valid"));
+        assert_eq!(merged.lane, Some(Lane::Background));
         assert_eq!((merged.temperature, merged.top_k), (Some(0.1), Some(3)));
     }
 
@@ -258,6 +278,7 @@ mod tests {
     fn what_cannot_be_meant_is_refused() {
         for bad in [
             json!({"temperature": -0.5}),
+            json!({"lane": "fast"}),
             json!({"temperature": 1e300}),
             json!({"repeat_penalty": 0}),
             json!({"num_ctx": 5_000_000_000_u64}),

@@ -15,7 +15,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Body as HttpBody;
 use jiff::Timestamp;
 use matchit::Router;
-use v4_proto::{Digest, Fault};
+use v4_proto::{Digest, Fault, Lane};
 
 use crate::{
     api::{Encode, bytes, ollama, openai, wanted},
@@ -29,6 +29,7 @@ use crate::{
         generate::{self, Ask, Running, Started, Step},
         models, ps, pull,
     },
+    options,
 };
 
 /// Whose words a route speaks.
@@ -124,7 +125,18 @@ struct Call<B> {
     route: &'static Route,
     /// The rest of the path, for the routes that have one.
     rest: String,
+    /// How urgent its headers say that it is.
+    lane: Option<Lane>,
     body: B,
+}
+
+/// The header that says how urgent a request is: `interactive` or `background`.
+const LANE: &str = "x-v4-lane";
+
+/// What [`LANE`] says; nothing where it is not there.
+fn lane(headers: &http::HeaderMap) -> Result<Option<Lane>, Fault> {
+    let value = headers.get(LANE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    value.map(|text| options::lane("the header x-v4-lane", text.trim())).transpose()
 }
 
 impl Service {
@@ -181,7 +193,11 @@ impl Service {
         };
         let rest = found.params.get("model").or(found.params.get("digest"));
         let rest = rest.unwrap_or_default().to_owned();
-        let call = Call { id, route, rest, body: request.into_body() };
+        let lane = match lane(request.headers()) {
+            Ok(lane) => lane,
+            Err(fault) => return refused(route.surface, &fault.into()),
+        };
+        let call = Call { id, route, rest, lane, body: request.into_body() };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -203,7 +219,8 @@ impl Service {
                     _ => ollama::decode::generate,
                 };
                 let request = decode(&self.reader.read(call.body).await?.bytes)?;
-                let (ask, stream) = (request.ask, request.stream);
+                let (mut ask, stream) = (request.ask, request.stream);
+                ask.options.lane = call.lane.or(ask.options.lane);
                 answer(daemon, ask, stream, request.encoder, ollama::JSON_TYPE).await
             }
             (Surface::OpenAi, Op::Chat) => {
@@ -211,7 +228,8 @@ impl Service {
                 let now = Timestamp::now().as_second();
                 let request = openai::decode::chat(&body.bytes, call.id, now)?;
                 drop(body);
-                let (ask, stream) = (request.ask, request.stream);
+                let (mut ask, stream) = (request.ask, request.stream);
+                ask.options.lane = call.lane.or(ask.options.lane);
                 answer(daemon, ask, stream, request.encoder, openai::JSON_TYPE).await
             }
             (Surface::Ollama, Op::Show) => {

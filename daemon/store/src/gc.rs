@@ -47,6 +47,11 @@ impl Tree {
         self.home.join("chains").join(blob::blob_name(digest))
     }
 
+    /// Where a runner of a blob keeps keys and values, if it does.
+    pub fn kv_path(&self, digest: &Digest) -> PathBuf {
+        self.home.join(crate::KV_FOLDER).join(blob::blob_name(digest))
+    }
+
     /// Where a manifest of this home lies, if it is here.
     pub fn manifest_path(&self, name: &ModelName) -> PathBuf {
         self.home.join("manifests").join(name.path().join("/"))
@@ -86,6 +91,8 @@ impl Tree {
                 }
                 // Without its blob it means nothing, and it is small.
                 let _ = self.fs.remove_file(&self.chain_path(&digest));
+                // So do the conversations with it: who removes a model wants them gone.
+                let _ = self.fs.remove_tree(&self.kv_path(&digest));
                 // A row too many is no loss, and on a full disk the index cannot be written.
                 let _ = self.index.remove_blob(&digest);
             }

@@ -55,6 +55,10 @@ use crate::{
 /// Start of the names of files that are being put; whatever bears it at start is left over.
 const STAGING: &str = "put-";
 
+/// The folder of a home in which runners keep keys and values, a folder for each weights blob. Only
+/// runners look into it; here it is removed with the blob.
+pub const KV_FOLDER: &str = "kv";
+
 /// The store of one home. Blocking; share it as `Arc<Store>`.
 #[derive(Debug)]
 pub struct Store {

@@ -20,6 +20,15 @@ impl From<Duration> for KeepAlive {
     }
 }
 
+/// Where keys and values of idle conversations are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvFolder {
+    /// The folder; each model has one of its own in it.
+    pub path: PathBuf,
+    /// Bytes that it may take.
+    pub quota_bytes: u64,
+}
+
 /// What the supervisor is told at its start.
 #[derive(Debug, Clone)]
 pub struct SupervisorConfig {
@@ -42,6 +51,8 @@ pub struct SupervisorConfig {
     pub kv_type: KvType,
     /// How exact products are.
     pub precision: Precision,
+    /// Where they outlive a runner; `None` is nowhere.
+    pub kv_disk: Option<KvFolder>,
     /// An instruction set by name instead of the machine's best.
     pub isa: Option<String>,
     /// Whether one more runner is kept started, so that a load does not wait for a process.
@@ -60,6 +71,7 @@ impl Default for SupervisorConfig {
             threads: 0,
             kv_type: KvType::F16,
             precision: Precision::Fast,
+            kv_disk: None,
             isa: None,
             spare: true,
         }

@@ -36,7 +36,7 @@ use v4_proto::{
 use v4_store::Store;
 
 pub use answer::Answer;
-pub use config::{KeepAlive, SupervisorConfig, Target};
+pub use config::{KeepAlive, KvFolder, SupervisorConfig, Target};
 pub use error::Error;
 use owner::{Ask, Message, Work};
 use process::Launch;
@@ -117,12 +117,12 @@ impl Supervisor {
         request: Generate,
         keep_alive: Option<KeepAlive>,
     ) -> Result<Answer, Fault> {
-        let id = self.next_id();
+        let (id, lane) = (self.next_id(), request.lane);
         let message = ToRunner::Generate { id, request: Box::new(request) };
         let frame = frame::encode(&message, &[])
             .map_err(|error| Fault::invalid(format!("the request is too large: {error}")))?;
         let (route, waiting) = answer::route(frame);
-        let (begun, alive) = self.ask(id, target, keep_alive, Work::Generate(route)).await?;
+        let (begun, alive) = self.ask(id, target, keep_alive, Work::Generate(route, lane)).await?;
         Ok(waiting.begin(begun, alive))
     }
 

@@ -42,6 +42,9 @@ pub const STALE_ASK: Duration = Duration::from_mins(1);
 /// A place in the queue is given up after so long: loads of large models from slow disks included.
 pub const QUEUE_WAIT: Duration = Duration::from_mins(5);
 
+/// How long a request in the background stays behind the others; as the engine has it.
+pub const AGEING: Duration = Duration::from_secs(20);
+
 /// The first wait before a model whose runner died is loaded again; doubled for each further death.
 pub const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 /// The longest such wait.

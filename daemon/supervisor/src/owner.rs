@@ -12,13 +12,13 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use v4_proto::{
-    Event as Answered, Fault, ModelInfo, ModelName,
-    frame::{KvType, LoadOptions, Precision},
+    Event as Answered, Fault, Lane, ModelInfo, ModelName,
+    frame::{KvDisk, KvType, LoadOptions, Precision},
 };
 use v4_store::Lease;
 
 use crate::{
-    KeepAlive, Loaded, State, SupervisorConfig, Target,
+    KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target,
     answer::{Begun, Route},
     inventory, limits,
     link::{self, Command, Report},
@@ -29,7 +29,7 @@ use crate::{
 /// What a client asks for.
 #[derive(Debug)]
 pub(crate) enum Work {
-    Generate(Route),
+    Generate(Route, Lane),
     Load,
     Swap,
 }
@@ -84,6 +84,7 @@ pub(crate) struct Owner {
     launch: Launch,
     kv_type: KvType,
     precision: Precision,
+    kv_disk: Option<KvFolder>,
     isa: Option<String>,
     links: HashMap<RunnerId, Linked>,
     clients: HashMap<AskId, Client>,
@@ -113,6 +114,7 @@ impl Owner {
             launch,
             kv_type: config.kv_type,
             precision: config.precision,
+            kv_disk: config.kv_disk.clone(),
             isa: config.isa.clone(),
             links: HashMap::new(),
             clients: HashMap::new(),
@@ -178,7 +180,8 @@ impl Owner {
     fn ask(&mut self, ask: Ask) {
         let Ask { id, target, lease, keep_alive, work, reply } = ask;
         let (kind, route) = match work {
-            Work::Generate(route) => (Kind::Generate, Some(route)),
+            Work::Generate(route, Lane::Interactive) => (Kind::Generate, Some(route)),
+            Work::Generate(route, Lane::Background) => (Kind::Background, Some(route)),
             Work::Load => (Kind::Load, None),
             Work::Swap => (Kind::Swap, None),
         };
@@ -256,9 +259,15 @@ impl Owner {
             threads: self.state.threads(),
             kv_type: self.kv_type,
             precision: self.precision,
+            kv_disk: self.kv_disk.as_ref().map(|folder| KvDisk {
+                root: folder.path.clone(),
+                models: model.target.blobs.clone(),
+                quota_bytes: folder.quota_bytes,
+            }),
             isa: self.isa.clone(),
         };
-        self.tell(runner, Command::Load { files: model.target.files.clone(), options });
+        let files = model.target.files.clone();
+        self.tell(runner, Command::Load { files, options: Box::new(options) });
     }
 
     fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {

@@ -149,6 +149,9 @@ impl Model {
 pub enum Kind {
     /// An answer.
     Generate,
+    /// An answer that nobody waits for: it is behind the others until it has waited for
+    /// [`limits::AGEING`], and holds no place that one of them wants.
+    Background,
     /// Only that the model is loaded.
     Load,
     /// That the name's new model takes over from the one that is loaded.
@@ -297,6 +300,22 @@ struct Pending {
     retried: bool,
     /// Its client has left; it only waits for the runner's word.
     left: bool,
+}
+
+impl Pending {
+    /// When its turn is.
+    fn turn(&self) -> Time {
+        let patience = match self.ask.kind {
+            Kind::Background => limits::AGEING,
+            _ => Duration::ZERO,
+        };
+        self.asked_at.saturating_add(patience)
+    }
+
+    /// Whether it gives way to others.
+    fn yields(&self, now: Time) -> bool {
+        self.ask.kind == Kind::Background && now < self.turn()
+    }
 }
 
 /// Where a runner stands.

@@ -89,6 +89,7 @@ fn request(prompt: &str) -> Generate {
         stop: Vec::new(),
         context: None,
         truncate: false,
+        lane: v4_proto::Lane::default(),
     }
 }
 

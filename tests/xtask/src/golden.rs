@@ -21,6 +21,7 @@ const LIMITS: &[(&str, &str)] = &[
     ("daemon/pull/src/limits.rs", "Pulls"),
     ("daemon/supervisor/src/limits.rs", "Runners"),
     ("daemon/runner/src/limits.rs", "Inside a runner"),
+    ("daemon/engine/src/limits.rs", "Inside the engine"),
     ("daemon/store/src/limits.rs", "The store"),
 ];
 

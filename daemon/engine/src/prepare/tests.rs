@@ -43,6 +43,7 @@ fn request(input: Input) -> Generate {
         stop: Vec::new(),
         context: None,
         truncate: false,
+        lane: v4_proto::Lane::default(),
     }
 }
 

@@ -156,8 +156,9 @@ impl Running {
 /// # Errors
 /// `not_found`, `unsupported` where the model lacks an ability, and what the supervisor or the
 /// runner says.
-pub async fn start(daemon: &Daemon, ask: Ask) -> Result<Started, Fault> {
+pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     let asked = Instant::now();
+    ask.truncate &= daemon.truncates;
     let model = models::resolve(daemon, &ask.model).await?;
     if ask.work == Work::Unload {
         daemon.supervisor.unload(&model.record.name).await;
@@ -221,6 +222,7 @@ fn request(model: &Model, info: &ModelInfo, ask: Ask) -> Result<Option<Generate>
         context: options.num_ctx,
         stop: options.stop.unwrap_or_default(),
         truncate: ask.truncate,
+        lane: options.lane.unwrap_or_default(),
     }))
 }
 

@@ -84,6 +84,44 @@ async fn echoed(fixture: &Fixture, path: &str, body: &Value) -> Value {
     serde_json::from_str(text.expect("a text")).expect("the request")
 }
 
+#[tokio::test]
+async fn how_urgent_a_request_is_comes_from_it_or_from_its_header() {
+    let fixture = stocked();
+    let turn = json!([{"role": "user", "content": "echo"}]);
+    let chat = json!({"model": "m", "messages": turn, "stream": false});
+    let with = |key: &str, value: Value| {
+        let mut body = chat.clone();
+        body[key] = value;
+        body
+    };
+    let options = || with("options", json!({"lane": "background"}));
+    for (path, body, lane) in [
+        ("/api/chat", chat.clone(), "interactive"),
+        ("/api/chat", options(), "background"),
+        ("/v1/chat/completions", options(), "background"),
+        ("/v1/chat/completions", with("service_tier", json!("flex")), "background"),
+        ("/v1/chat/completions", with("service_tier", json!("auto")), "interactive"),
+    ] {
+        assert_eq!(echoed(&fixture, path, &body).await["lane"], lane, "{path} {body}");
+    }
+    // The header comes first.
+    let headed = async |path: &str, lane: &str, body: &Value| {
+        let request = Request::builder().method("POST").uri(path).header(header::HOST, "localhost");
+        let request = request.header("x-v4-lane", lane);
+        let request = request.body(Full::new(body.to_string().into())).expect("a request");
+        read(fixture.service.respond(request, true).await).await
+    };
+    for path in ["/api/chat", "/v1/chat/completions"] {
+        let answer = headed(path, "interactive", &options()).await;
+        assert!(answer.text.contains(r#"\"lane\":\"interactive\""#), "{}", answer.text);
+        let answer = headed(path, "background", &chat).await;
+        assert!(answer.text.contains(r#"\"lane\":\"background\""#), "{}", answer.text);
+        let answer = headed(path, "slow", &chat).await;
+        assert_eq!(answer.status, 400);
+        assert!(answer.text.contains("x-v4-lane must be interactive or background"));
+    }
+}
+
 async fn until_none_is_loaded(fixture: &Fixture) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while ask(fixture, "GET", "/api/ps", "").await.json() != json!({"models": []}) {

@@ -77,6 +77,22 @@ fn blobs_go_with_the_last_name_that_needs_them() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "a runner writes these files")]
+fn what_runners_kept_of_a_model_goes_with_its_blob() {
+    let (_folder, store) = home();
+    put(&store, "kept", &[b"kept"]);
+    put(&store, "gone", &[b"gone"]);
+    let kv = store.home().join(v4_store::KV_FOLDER);
+    let of = |weights: &[u8]| kv.join(format!("sha256-{}", sha256(weights).hex()));
+    for weights in [b"kept", b"gone"] {
+        std::fs::create_dir_all(of(weights)).unwrap();
+        std::fs::write(of(weights).join("block"), b"x").unwrap();
+    }
+    assert!(store.remove(&name("gone")).unwrap());
+    assert!(of(b"kept").join("block").exists() && !of(b"gone").exists());
+}
+
+#[test]
 fn a_lease_keeps_what_is_removed_until_it_ends() {
     let (_folder, store) = home();
     put(&store, "a", &[b"used"]);

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use v4_proto::{Code, Fault};
 
-use super::{AskId, Effect, Key, Kind, Model, Phase, Runner, RunnerId, State, Time, Turn};
+use super::{AskId, Effect, Key, Kind, Model, Pending, Phase, Runner, RunnerId, State, Time, Turn};
 use crate::{KeepAlive, limits};
 
 /// Applies all rules to the state after an event.
@@ -103,7 +103,8 @@ fn agree(state: &mut State, turn: &mut Turn) {
     }
 }
 
-/// Gives waiting asks to ready runners, up to the slots of each.
+/// Gives waiting asks to ready runners, whose turn comes first first, up to the slots of each.
+/// Those in the background that give way are not counted against others: the runner has them wait.
 fn dispatch(state: &mut State, turn: &mut Turn) {
     let now = turn.now;
     for name in state.names.values_mut() {
@@ -114,15 +115,18 @@ fn dispatch(state: &mut State, turn: &mut Turn) {
         let ready_at = runner.ready_at;
         let slots = runner.model.as_ref().map_or(0, |model| model.slots as usize);
         let mut waiting = std::mem::take(&mut name.queue);
+        waiting.make_contiguous().sort_by_key(Pending::turn);
         while let Some(mut pending) = waiting.pop_front() {
             let ask = pending.ask.id;
             let load = ready_at.saturating_sub(pending.asked_at);
+            let yields = |other: &&Pending| !pending.yields(now) && other.yields(now);
+            let n_yielding = runner.running.values().filter(yields).count();
             match pending.ask.kind {
-                Kind::Generate if runner.running.len() >= slots => {
+                Kind::Generate | Kind::Background if runner.running.len() - n_yielding >= slots => {
                     name.queue.push_back(pending);
                     continue;
                 }
-                Kind::Generate => {
+                Kind::Generate | Kind::Background => {
                     pending.sent_at = now;
                     runner.keep_alive = pending.ask.keep_alive;
                     runner.running.insert(ask, pending);

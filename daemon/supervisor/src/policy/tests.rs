@@ -126,6 +126,34 @@ impl Story {
 }
 
 #[test]
+fn the_background_holds_no_place_that_others_want_and_has_its_turn() {
+    let mut story = Story::new(Rules { slots: 2, ..rules() });
+    let model = ("a", 400);
+    story.ask(1, model, "spawn 1");
+    story.started(1, "load 1 a");
+    story.loaded(1, 400, "send 1 #1");
+    story.ended(1, 1, "");
+    for id in [2, 3] {
+        story.ask_as(Kind::Background, id, model, &format!("send 1 #{id}"));
+    }
+    story.ask_as(Kind::Background, 4, model, "");
+    // The runner has those in the background wait; of the others there are two at a time.
+    story.ask(5, model, "send 1 #5");
+    story.ask(6, model, "send 1 #6");
+    story.ask(7, model, "");
+    story.ended(1, 2, "");
+    story.ended(1, 5, "send 1 #7");
+    story.ended(1, 6, "");
+    story.ended(1, 3, "send 1 #4");
+    // One whose turn has come gives way no more: it is before those that came later.
+    story.ask_as(Kind::Background, 8, model, "");
+    story.after(limits::AGEING, "");
+    story.ask(9, model, "");
+    story.ended(1, 7, "send 1 #8");
+    story.ended(1, 4, "send 1 #9");
+}
+
+#[test]
 fn a_request_loads_its_model_and_the_keep_alive_unloads_it() {
     let mut story = Story::new(rules());
     story.ask(1, ("a", 400), "spawn 1");

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use v4_proto::{Code, Fault, Message, ModelName, Think};
+use v4_proto::{Code, Fault, Lane, Message, ModelName, Think};
 
 use crate::{
     api::{json, keep_alive, openai::encode::Encoder, turns, wanted},
@@ -50,6 +50,7 @@ struct Body {
     num_ctx: Option<Value>,
     options: Option<Map<String, Value>>,
     keep_alive: Option<Value>,
+    service_tier: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -164,7 +165,10 @@ fn options(body: &Body) -> Result<Options, Fault> {
         .filter_map(|(name, value)| Some((name.to_owned(), value?.clone())))
         .collect();
     let extra = body.options.as_ref().map_or_else(|| Ok(Options::default()), Options::read)?;
-    Ok(Options::read(&named)?.or(extra))
+    // The tier that is cheaper because it waits; the others are what everybody gets.
+    let is_patient = body.service_tier.as_deref() == Some("flex");
+    let lane = is_patient.then_some(Lane::Background);
+    Ok(Options::read(&named)?.or(extra).or(Options { lane, ..Options::default() }))
 }
 
 fn message(model: &ModelName, wire: WireMessage) -> Result<Message, Fault> {
