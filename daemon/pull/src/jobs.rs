@@ -187,9 +187,8 @@ impl Jobs {
             return Ok(Watch::new(job.sender.subscribe()));
         }
         let recipe = self.0.catalog.find(name);
-        let has_registry = name.host() != v4_proto::name::DEFAULT_HOST
-            || !self.0.fetcher.net.config.registries.is_empty();
-        if recipe.is_none() && !has_registry {
+        // One that is locked may need no source.
+        if recipe.is_none() && !self.0.has_registry(name) && wish.locked.is_none() {
             return Err(self.0.not_in_library(name));
         }
         if running.len() >= limits::PULLS {
@@ -279,8 +278,17 @@ impl Shared {
         )
     }
 
+    /// Whether there is anybody to ask for a name that the library does not have.
+    fn has_registry(&self, name: &ModelName) -> bool {
+        name.host() != v4_proto::name::DEFAULT_HOST
+            || !self.fetcher.net.config.registries.is_empty()
+    }
+
     /// What a registry says of a name that the library does not have.
     async fn ask(&self, name: &ModelName, wish: &Wish) -> Result<Recipe, Fault> {
+        if !self.has_registry(name) {
+            return Err(self.not_in_library(name));
+        }
         let net = &self.fetcher.net;
         let asked = if source::hf::is_repository(name) {
             source::hf::resolve(net, name, wish.revision.as_deref()).await
@@ -362,6 +370,11 @@ impl Slot {
 
     /// Does the work, from where it is.
     async fn work(&self, recipe: &mut Option<Recipe>, wish: &Wish) -> Stage {
+        if let Some(locked) = wish.locked
+            && let Some(done) = self.shared.fetcher.locked_here(&self.name, locked).await
+        {
+            return done;
+        }
         let recipe = match recipe {
             Some(recipe) => recipe,
             None => match self.shared.ask(&self.name, wish).await {

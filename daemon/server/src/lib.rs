@@ -35,7 +35,7 @@ use tokio::{
     sync::watch,
 };
 use v4_pull::{Jobs, PullConfig};
-use v4_store::Store;
+use v4_store::{Quota, Store};
 use v4_supervisor::{Supervisor, SupervisorConfig};
 
 pub use config::{Config, DEFAULT_PORT, Given};
@@ -108,6 +108,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         kv_type: config.kv_type,
         ..base
     };
+    store.set_quota(Quota { bytes: config.quota, evicts: config.quota_evict });
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {

@@ -24,7 +24,7 @@ use crate::{
 /// From the owner. When the sender is dropped, the runner is killed.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Load { files: ModelFiles, options: LoadOptions },
+    Load { files: Box<ModelFiles>, options: LoadOptions },
     Generate { id: AskId, route: Route },
     Cancel { id: AskId },
     Drain { deadline: Duration },
@@ -347,7 +347,7 @@ impl Link {
             Command::Load { files, options } => {
                 self.stage = Stage::Loading;
                 self.heard_at = Instant::now();
-                self.writer.send(&ToRunner::Load { files, options })
+                self.writer.send(&ToRunner::Load { files: *files, options })
             }
             Command::Generate { id, route } => {
                 if self.live.is_empty() {

@@ -255,7 +255,7 @@ impl Owner {
             kv_type: self.kv_type,
             isa: self.isa.clone(),
         };
-        self.tell(runner, Command::Load { files: model.target.files.clone(), options });
+        self.tell(runner, Command::Load { files: Box::new(model.target.files.clone()), options });
     }
 
     fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {

@@ -88,7 +88,9 @@ fn settings(page: &mut String, source: &str) {
          variable.\n\n| variable | what it says |\n|---|---|\n",
     );
     for (comment, _) in commented(source, "pub ") {
-        let variable = comment.split('`').find(|word| word.starts_with("V4_"));
+        let variable = comment
+            .split('`')
+            .find(|word| ["V4_", "HF_"].iter().any(|start| word.starts_with(start)));
         if let Some(variable) = variable {
             let said = comment.replacen(&format!(" (`{variable}`)"), "", 1);
             let said = said.replace("`None` (written `off`)", "`off`").replace("`None`", "not set");

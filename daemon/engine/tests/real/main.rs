@@ -76,7 +76,7 @@ fn path(case: &Case) -> Option<PathBuf> {
 /// Holds a model against its golden figures, after `change` to its tensors.
 fn check(case: &Case, change: impl Fn(File) -> File) {
     let Some(path) = path(case) else { return };
-    let files = ModelFiles { weights: vec![path], chat_template: None };
+    let files = ModelFiles { weights: vec![path], ..ModelFiles::default() };
     let file = change(format::read(&files).expect("a good file"));
     let cpu = Cpu::open(&CpuOptions::default()).expect("a processor");
     let mut model = Model::new(&file, Box::new(cpu)).expect("a good model");
@@ -201,7 +201,7 @@ fn headers_say_what_is_known_of_these_models() {
     ];
     for (case, quant, n_params, context, abilities) in cases {
         let Some(path) = path(case) else { continue };
-        let files = ModelFiles { weights: vec![path], chat_template: None };
+        let files = ModelFiles { weights: vec![path], ..ModelFiles::default() };
         let info = v4_engine::inspect(&files).expect("a good file").info;
         assert!(info.supported, "{}", case.file);
         assert_eq!((info.quant.as_str(), info.n_params), (quant, n_params));

@@ -84,6 +84,49 @@ async fn a_quant_of_a_repository_is_pulled_and_pinned() {
     assert_eq!(digests, shards.map(|shard| sha256(&shard)));
 }
 
+/// A repository without GGUF: its weights and what a runner reads beside them, each under its name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_of_safetensors_is_pulled_as_a_folder() {
+    let weights = bytes(20 << 20);
+    let oid = json!({"oid": sha256(&weights).hex(), "size": weights.len()});
+    let server = Server::start(move |request| {
+        let tree = format!("/api/models/me/folder/tree/{COMMIT}?recursive=true");
+        let file = |path: &str| json!({"type": "file", "path": path, "size": path.len()});
+        let path = request.path.as_str();
+        let resolve = format!("/me/folder/resolve/{COMMIT}/");
+        match path.strip_prefix(&resolve) {
+            Some("model.safetensors") => return Reply::file(request, &weights),
+            // Each small file says its own name.
+            Some(name) => return Reply::new(200, name.to_owned()),
+            None => {}
+        }
+        match path {
+            "/api/models/me/folder/revision/main" => {
+                Reply::new(200, json!({"sha": COMMIT}).to_string())
+            }
+            path if path == tree => {
+                let large =
+                    json!({"type": "file", "path": "model.safetensors", "size": 135, "lfs": oid});
+                let files =
+                    ["config.json", "tokenizer.json", "README.md", "onnx/config.json"].map(file);
+                Reply::new(200, json!([large, files[0], files[1], files[2], files[3]]).to_string())
+            }
+            _ => Reply::new(404, ""),
+        }
+    });
+    let world = world(&server, None);
+    for name in ["hf.co/me/folder", "hf.co/me/folder:safetensors"] {
+        world.pull_well(name).await;
+    }
+    let record = world.store.find(&name("hf.co/me/folder")).unwrap().unwrap();
+    let (digests, names) = record.manifest.weights();
+    assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
+    let small = world.store.read_blob(&digests[0], 100).unwrap();
+    assert_eq!(small, b"config.json");
+    assert_eq!(record.manifest.role(v4_store::Role::Config).count(), 2);
+    assert!(world.store.inspection(&record.manifest.inspection_key().unwrap()).is_some());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_there_or_not_open_is_said() {
     let server = hub([bytes(10), bytes(20)], bytes(30));

@@ -188,6 +188,7 @@ pub fn pulls(running: &[v4_pull::Running], limit_rate: Option<NonZeroU64>) -> Ve
 struct Costs {
     models: Vec<OneCost>,
     orphans: u64,
+    deleted: u64,
     partials: u64,
     total: u64,
 }
@@ -199,8 +200,8 @@ struct OneCost {
     shared: u64,
 }
 
-/// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, of downloads
-/// that are not done, and of everything once.
+/// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, that only
+/// deleted names have, of downloads that are not done, and of everything once.
 pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
     let cost = |one: &v4_store::Cost| OneCost {
         name: one.name.to_string(),
@@ -210,6 +211,7 @@ pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
     bytes(&Costs {
         models: usage.names.iter().map(cost).collect(),
         orphans: usage.orphan_bytes,
+        deleted: usage.deleted_bytes,
         partials: usage.partial_bytes,
         total: usage.total_bytes,
     })
@@ -236,6 +238,30 @@ pub fn roots(roots: &[v4_store::Root]) -> Vec<u8> {
         },
     };
     bytes(&Roots { roots: roots.iter().map(root).collect() })
+}
+
+#[derive(Serialize)]
+struct Removed {
+    name: String,
+    digest: String,
+    size: u64,
+    deleted_at: String,
+}
+
+/// `/api/deleted`, v4's own: the names that can come back.
+pub fn deleted(entries: &[v4_store::Entry]) -> Vec<u8> {
+    let one = |entry: &v4_store::Entry| Removed {
+        name: entry.name.to_string(),
+        digest: entry.digest.hex(),
+        size: entry.size_bytes,
+        deleted_at: clock::local(entry.modified),
+    };
+    bytes(&Models { models: entries.iter().map(one).collect() })
+}
+
+/// `/api/pins`, v4's own: the names that no quota removes.
+pub fn pins(names: &[v4_proto::ModelName]) -> Vec<u8> {
+    bytes(&Models { models: names.iter().map(ToString::to_string).collect() })
 }
 
 #[derive(Serialize)]
