@@ -92,7 +92,7 @@ impl Fetcher {
             let unsupported = self.known_unsupported(&recipe.name).await;
             return Ok(Stage::Done { digest, unsupported });
         }
-        let mut got = Vec::new();
+        let (mut got, mut staged) = (Vec::new(), Vec::new());
         for (i, (file, step)) in recipe.files.iter().zip(&steps).enumerate() {
             if let Step::Have { digest, size } = *step {
                 got.push(Got { digest, size });
@@ -100,8 +100,9 @@ impl Fetcher {
             }
             progress.send_modify(|progress| progress.stage = Stage::File(i));
             let meter = Meter::new(progress, [&self.pace, job.pace], i);
-            let one = self.file(file, meter).await.map_err(|e| e.fault())?;
+            let (one, archives) = self.file(file, meter).await.map_err(|e| e.fault())?;
             got.push(one);
+            staged.extend(archives);
             progress.send_modify(|progress| {
                 if let Some(file) = progress.files.get_mut(i) {
                     *file = FileProgress {
@@ -114,6 +115,8 @@ impl Fetcher {
             });
         }
         let _lease = self.store.lease(&got.iter().map(|one| one.digest).collect::<Vec<_>>());
+        // Only now: several files may have come out of one archive.
+        self.discard(staged).await.map_err(|error| error.fault())?;
         progress.send_modify(|progress| progress.stage = Stage::Verifying);
         let (inspection, unsupported) = self.inspect(recipe, &got).await?;
         progress.send_modify(|progress| progress.stage = Stage::Writing);
@@ -156,8 +159,29 @@ impl Fetcher {
         .await
     }
 
-    /// Fetches one file from the first source that has it.
-    async fn file(&self, file: &RecipeFile, meter: Meter<'_>) -> Result<Got, PullError> {
+    /// Removes archives that were staged and are of no more use.
+    async fn discard(&self, mut keys: Vec<String>) -> Result<(), PullError> {
+        keys.sort_unstable();
+        keys.dedup();
+        let store = Arc::clone(&self.store);
+        blocking(move || {
+            for key in keys {
+                if let Err(error) = store.discard(&key) {
+                    tracing::warn!(%key, %error, "an archive stays until a later start");
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Fetches one file from the first source that has it. Gives back the keys of the archives that
+    /// were staged for it, too.
+    async fn file(
+        &self,
+        file: &RecipeFile,
+        meter: Meter<'_>,
+    ) -> Result<(Got, Vec<String>), PullError> {
         let key = key(file);
         let turn = self.turns.take(&key).await;
         if let Some(digest) = file.digest {
@@ -174,7 +198,7 @@ impl Fetcher {
             });
             let size = size.await?;
             if let Some(size) = size.filter(|size| file.size.is_none_or(|wanted| wanted == *size)) {
-                return Ok(Got { digest, size });
+                return Ok((Got { digest, size }, Vec::new()));
             }
         }
         let order = plan::order(&file.sources, |location| self.net.is_unreachable(location));
@@ -199,7 +223,7 @@ impl Fetcher {
         Err(failed.unwrap_or(PullError::NoSource(key)))
     }
 
-    /// Fetches one file from one source and commits it.
+    /// Fetches one file from one source and commits it. The archives it came out of stay.
     async fn from(
         &self,
         location: &Location,
@@ -207,7 +231,7 @@ impl Fetcher {
         key: &str,
         turn: &Turn,
         meter: &Meter<'_>,
-    ) -> Result<Got, PullError> {
+    ) -> Result<(Got, Vec<String>), PullError> {
         let writer = Writer::open(&self.store, key, file.size, turn).await?;
         if file.digest.is_none() {
             // Nothing could tell whether what is here belongs to what comes.
@@ -246,14 +270,14 @@ impl Fetcher {
             drop(turn);
             // Refused bytes came out of these archives, so they are of no use either. After a
             // failure of the disk they are, to the next try.
-            if committed.as_ref().err().is_none_or(is_wrong) {
-                for key in staged {
-                    if let Err(error) = store.discard(&key) {
+            if committed.as_ref().err().is_some_and(is_wrong) {
+                for key in &staged {
+                    if let Err(error) = store.discard(key) {
                         tracing::warn!(%key, %error, "an archive stays until a later start");
                     }
                 }
             }
-            committed.map(|()| Got { digest, size })
+            committed.map(|()| (Got { digest, size }, staged))
         });
         commit.await.map_err(|error| error.at(location, was_resumed))
     }

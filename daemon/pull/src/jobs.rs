@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::watch;
 use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles, ModelName};
-use v4_store::Store;
+use v4_store::{Role, Store};
 
 use crate::{
     fetch::{Fetcher, Watched},
@@ -27,8 +27,24 @@ pub trait Catalog: Send + Sync {
     /// The recipe of a name.
     fn find(&self, name: &ModelName) -> Option<Recipe>;
 
-    /// The names there are, as a person types them, for the message about one that is not.
+    /// The repository that a name without a recipe means.
+    fn upstream(&self, _name: &ModelName) -> Option<Upstream> {
+        None
+    }
+
+    /// The models there are, without their tags, for the message about a name that is not.
     fn names(&self) -> Vec<String>;
+}
+
+/// A repository at a hub that a short name means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// Its name, the quant as its tag.
+    pub name: ModelName,
+    /// The branch, tag or commit; not said is `main`.
+    pub revision: Option<String>,
+    /// Texts that the short name adds (licence, parameters): role, media type, text.
+    pub texts: Vec<(Role, String, String)>,
 }
 
 /// What [`Inspector::inspect`] gives back.
@@ -187,8 +203,9 @@ impl Jobs {
             return Ok(Watch::new(job.sender.subscribe()));
         }
         let recipe = self.0.catalog.find(name);
+        let is_known = recipe.is_some() || self.0.catalog.upstream(name).is_some();
         // One that is locked may need no source.
-        if recipe.is_none() && !self.0.has_registry(name) && wish.locked.is_none() {
+        if !is_known && !self.0.has_registry(name) && wish.locked.is_none() {
             return Err(self.0.not_in_library(name));
         }
         if running.len() >= limits::PULLS {
@@ -286,6 +303,15 @@ impl Shared {
 
     /// What a registry says of a name that the library does not have.
     async fn ask(&self, name: &ModelName, wish: &Wish) -> Result<Recipe, Fault> {
+        if let Some(upstream) = self.catalog.upstream(name) {
+            let Upstream { name: of, revision, texts } = upstream;
+            let net = &self.fetcher.net;
+            match source::hf::resolve(net, &of, revision.as_deref()).await {
+                Ok(found) => return Ok(Recipe { name: name.clone(), texts, ..found }),
+                Err(error) if !self.has_registry(name) => return Err(error.fault()),
+                Err(error) => tracing::warn!(%name, %of, %error, "the hub is passed over"),
+            }
+        }
         if !self.has_registry(name) {
             return Err(self.not_in_library(name));
         }

@@ -138,10 +138,15 @@ fn models(page: &mut String) {
         let modelfile = entry.modelfile();
         for file in modelfile.files() {
             let size = file.size.map(|size| size.to_string()).unwrap_or_default();
-            let digest = file.digest.unwrap_or_default().trim_start_matches("sha256:");
+            let digest = file.digest.map_or("not checked here; the hub's".to_owned(), |digest| {
+                format!("`{}`", digest.trim_start_matches("sha256:"))
+            });
             let sources = file.sources.iter().copied().flatten().map(|part| format!("`{part}`"));
-            let sources = sources.collect::<Vec<_>>().join("<br>");
-            let _ = writeln!(page, "| `{}` | {size} | `{digest}` | {sources} |", entry.name());
+            let mut sources = sources.collect::<Vec<_>>().join("<br>");
+            if sources.is_empty() {
+                sources = format!("`{}`", file.from);
+            }
+            let _ = writeln!(page, "| `{}` | {size} | {digest} | {sources} |", entry.name());
         }
     }
 }
