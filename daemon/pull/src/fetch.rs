@@ -105,12 +105,8 @@ impl Fetcher {
             staged.extend(archives);
             progress.send_modify(|progress| {
                 if let Some(file) = progress.files.get_mut(i) {
-                    *file = FileProgress {
-                        digest: Some(one.digest),
-                        total: Some(one.size),
-                        completed: one.size,
-                        is_done: true,
-                    };
+                    (file.digest, file.total) = (Some(one.digest), Some(one.size));
+                    (file.completed, file.is_done) = (one.size, true);
                 }
             });
         }
@@ -238,6 +234,7 @@ impl Fetcher {
             writer.restart().await?;
         }
         let was_resumed = writer.total() > 0;
+        meter.source(self.net.who(location));
         let place = Place { store: &self.store, turns: &self.turns, net: &self.net };
         let mut staged = read_parts(place, location, file, &writer, meter).await;
         if matches!(staged, Err(PullError::Changed { .. })) {
@@ -546,12 +543,20 @@ fn key(file: &RecipeFile) -> String {
 
 fn file_progress(recipe: &Recipe, steps: &[Step]) -> Vec<FileProgress> {
     let one = |(file, step): (&RecipeFile, &Step)| match *step {
-        Step::Have { digest, size } => {
-            FileProgress { digest: Some(digest), total: Some(size), completed: size, is_done: true }
-        }
-        Step::Fetch => {
-            FileProgress { digest: file.digest, total: file.size, completed: 0, is_done: false }
-        }
+        Step::Have { digest, size } => FileProgress {
+            digest: Some(digest),
+            total: Some(size),
+            completed: size,
+            is_done: true,
+            source: None,
+        },
+        Step::Fetch => FileProgress {
+            digest: file.digest,
+            total: file.size,
+            completed: 0,
+            is_done: false,
+            source: None,
+        },
     };
     recipe.files.iter().zip(steps).map(one).collect()
 }

@@ -283,11 +283,24 @@ struct PullLine<'a> {
     total: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     completed: Option<u64>,
+    /// v4's own: who sends the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<&'a str>,
+    /// v4's own: all files together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overall: Option<Overall>,
+}
+
+/// Bytes of all files whose sizes are known, and those of them that are here.
+#[derive(Serialize, Clone, Copy)]
+struct Overall {
+    total: u64,
+    completed: u64,
 }
 
 impl<'a> PullLine<'a> {
     fn status(status: &'a str) -> Self {
-        Self { status, digest: None, total: None, completed: None }
+        Self { status, digest: None, total: None, completed: None, source: None, overall: None }
     }
 }
 
@@ -355,6 +368,11 @@ impl PullLines {
 
     fn files(&mut self, progress: &Progress, out: &mut Vec<u8>) {
         self.written.resize(progress.files.len(), None);
+        let known = || progress.files.iter().filter(|file| file.total.is_some());
+        let overall = Overall {
+            total: known().filter_map(|file| file.total).sum(),
+            completed: known().map(|file| file.completed).sum(),
+        };
         for (file, written) in progress.files.iter().zip(&mut self.written) {
             let is_waiting = file.completed == 0 && !file.is_done;
             let is_told = *written == Some(file.completed) || (written.is_none() && is_waiting);
@@ -372,6 +390,8 @@ impl PullLines {
                 digest: file.digest.as_ref().map(ToString::to_string),
                 total: file.total,
                 completed: Some(file.completed).filter(|&n| n > 0),
+                source: file.source.as_deref(),
+                overall: Some(overall),
             }));
         }
     }
