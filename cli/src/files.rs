@@ -38,6 +38,26 @@ pub fn write(path: &Path, text: &str) -> Result<(), Failure> {
     written.map_err(|source| Failure::File { path: path.to_owned(), source })
 }
 
+/// The names of the files in a folder, sorted; those that are not UTF-8 are left out.
+///
+/// # Errors
+/// [`Failure::File`].
+pub fn list(folder: &Path) -> Result<Vec<String>, Failure> {
+    let read = || -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            // What a symbolic link leads to counts.
+            if entry.path().is_file() {
+                names.extend(entry.file_name().into_string());
+            }
+        }
+        names.sort();
+        Ok(names)
+    };
+    read().map_err(|source| failed(folder, source))
+}
+
 /// Whether a path is a file, or a folder.
 pub fn kind(path: &Path) -> Option<Kind> {
     let meta = std::fs::metadata(path).ok()?;

@@ -102,8 +102,12 @@ impl Cpu {
 
 impl Device for Cpu {
     fn describe(&self) -> String {
-        let exact = if self.isa.takes_whole(Quant::Q8_0) { "" } else { ", exact" };
+        let exact = if self.is_exact() { ", exact" } else { "" };
         format!("cpu ({}, {} threads{exact})", self.isa.name(), self.pool.threads())
+    }
+
+    fn is_exact(&self) -> bool {
+        !self.isa.takes_whole(Quant::Q8_0)
     }
 
     fn set_threads(&mut self, threads: usize) {

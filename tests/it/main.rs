@@ -11,6 +11,7 @@ mod bad_input;
 mod chat;
 mod cli;
 mod crash;
+mod keep;
 mod persist;
 mod pull;
 mod real;

@@ -167,7 +167,7 @@ Content-Range: {range}"
 }
 
 /// The bytes `start..end` of `start-` or `start-last`, as far as there are any.
-fn bounds(range: &str, len: usize) -> Option<(usize, usize)> {
+pub(crate) fn bounds(range: &str, len: usize) -> Option<(usize, usize)> {
     let (start, last) = range.split_once('-')?;
     let start = start.parse().ok().filter(|start| *start < len)?;
     let end = if last.is_empty() { len } else { last.parse::<usize>().ok()? + 1 };

@@ -14,7 +14,8 @@ use crate::output;
 use crate::place::Place;
 use crate::pulling;
 
-/// Make a model of a Modelfile: another model or a GGUF file, with your texts and parameters
+/// Make a model of a Modelfile: another model, a GGUF file or a folder of safetensors, with your
+/// texts and parameters
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The name to make
@@ -39,6 +40,11 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
             match (file.kind, source(file.from, folder)?) {
                 ("FROM", Source::Name(from)) => set(&mut body, "from", from.into())?,
                 ("FROM", Source::File(path)) => add(&client, &mut body, "files", &path).await?,
+                ("FROM", Source::Folder(paths)) => {
+                    for path in paths {
+                        add(&client, &mut body, "files", &path).await?;
+                    }
+                }
                 ("ADAPTER", Source::File(path)) => {
                     add(&client, &mut body, "adapters", &path).await?;
                 }
@@ -61,6 +67,8 @@ enum Source {
     Name(String),
     /// A file of this machine.
     File(PathBuf),
+    /// The files of a folder that make a model.
+    Folder(Vec<PathBuf>),
 }
 
 /// A file where there is one, or where it is written as a path; else a model's name.
@@ -68,19 +76,42 @@ fn source(text: &str, folder: &Path) -> Result<Source, Failure> {
     let path = folder.join(text);
     match files::kind(&path) {
         Some(Kind::File) => return Ok(Source::File(path)),
-        Some(Kind::Folder) if text.parse::<ModelName>().is_err() => {
-            return Err(Failure::Wrong(format!(
-                "{} is a folder; this version makes models of GGUF files, so convert it first",
-                path.display()
-            )));
+        Some(Kind::Folder) => {
+            let files = model_files(&path, &files::list(&path)?);
+            // A folder beside a Modelfile may have the name of a model by chance.
+            if !files.is_empty() {
+                return Ok(Source::Folder(files));
+            }
+            if text.parse::<ModelName>().is_err() {
+                return Err(Failure::Wrong(format!(
+                    "{} has neither safetensors nor GGUF files",
+                    path.display()
+                )));
+            }
         }
-        _ => {}
+        None => {}
     }
     let is_path = text.starts_with(['/', '.', '~']) || text.rsplit('.').next() == Some("gguf");
     match text.parse::<ModelName>() {
         Ok(name) if !is_path => Ok(Source::Name(name.to_string())),
         _ => Err(Failure::Wrong(format!("there is no file {}", path.display()))),
     }
+}
+
+/// The files of a folder that make a model: safetensors with the JSON and the template beside
+/// them, else GGUF. Which of them are needed is the daemon's to say.
+fn model_files(folder: &Path, names: &[String]) -> Vec<PathBuf> {
+    let has_ending = |name: &str, endings: &[&str]| {
+        name.rsplit_once('.').is_some_and(|(_, ending)| endings.contains(&ending))
+    };
+    let is_folder = names.iter().any(|name| has_ending(name, &["safetensors"]));
+    let endings: &[&str] = if is_folder { &["safetensors", "json", "jinja"] } else { &["gguf"] };
+    let wanted = names.iter().filter(|name| has_ending(name, endings) && !name.contains("mmproj"));
+    // Weights first: of several sets those that begin as the index of the weights does.
+    let is_usual = |name: &str| has_ending(name, &["safetensors"]) && name.starts_with("model");
+    let has_usual = names.iter().any(|name| is_usual(name));
+    let is_other = |name: &str| has_ending(name, &["safetensors"]) && !is_usual(name);
+    wanted.filter(|name| !(has_usual && is_other(name))).map(|name| folder.join(name)).collect()
 }
 
 /// Sets a field that may be said once.
@@ -151,6 +182,20 @@ mod tests {
             "parser": "qwen3",
         });
         assert_eq!(Value::Object(described(&modelfile)), expected);
+    }
+
+    #[test]
+    fn a_folder_is_its_model_files() {
+        let of = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            let files = model_files(Path::new("/f"), &names);
+            files.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()
+        };
+        let folder = ["config.json", "model.safetensors", "golden.safetensors", "README.md"];
+        assert_eq!(of(&folder), ["/f/config.json", "/f/model.safetensors"]);
+        assert_eq!(of(&["adapter.safetensors", "x.gguf"]), ["/f/adapter.safetensors"]);
+        assert_eq!(of(&["x.gguf", "mmproj.gguf", "a.json"]), ["/f/x.gguf"]);
+        assert_eq!(of(&["a.json"]), Vec::<String>::new());
     }
 
     #[test]

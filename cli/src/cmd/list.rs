@@ -17,16 +17,22 @@ use crate::{human, output};
 pub struct Args {
     /// Only models whose name starts with this
     prefix: Option<String>,
+    /// Those that were removed and that `v4 restore` brings back
+    #[arg(long)]
+    deleted: bool,
 }
 
 pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
     let client = Client::new(Place::find(world.variable)?, IfAbsent::Start);
-    let listing = client::runtime()?.block_on(client.call(Method::GET, "/api/tags", None))?;
+    let path = if args.deleted { "/api/deleted" } else { "/api/tags" };
+    let listing = client::runtime()?.block_on(client.call(Method::GET, path, None))?;
     let prefix = args.prefix.as_deref().unwrap_or_default().to_lowercase();
-    output::print(&table(&listing, &prefix, Timestamp::now()))
+    let time = if args.deleted { ("DELETED", "deleted_at") } else { ("MODIFIED", "modified_at") };
+    output::print(&table(&listing, &prefix, time, Timestamp::now()))
 }
 
-fn table(listing: &Value, prefix: &str, now: Timestamp) -> String {
+/// `time` is the last column: its title and its key.
+fn table(listing: &Value, prefix: &str, time: (&str, &str), now: Timestamp) -> String {
     let rows: Vec<_> = models(listing, prefix)
         .map(|model| {
             let text = |key: &str| model[key].as_str().unwrap_or_default();
@@ -34,11 +40,11 @@ fn table(listing: &Value, prefix: &str, now: Timestamp) -> String {
                 text("name").to_owned(),
                 short(text("digest")),
                 human::size(model["size"].as_u64().unwrap_or(0)),
-                human::when(text("modified_at"), now),
+                human::when(text(time.1), now),
             ]
         })
         .collect();
-    human::table(["NAME", "ID", "SIZE", "MODIFIED"], &rows)
+    human::table(["NAME", "ID", "SIZE", time.0], &rows)
 }
 
 /// The models of a listing whose name starts with `prefix` in any case.
@@ -71,8 +77,9 @@ mod tests {
         let header = "NAME              ID              SIZE     MODIFIED\n";
         let first = "smollm2:latest    b179c9523d0e    98 MB    2 hours ago\n";
         let second = "other:1           -               0 B      Unknown\n";
-        assert_eq!(table(&listing, "", now), [header, first, second].concat());
-        assert_eq!(table(&listing, "smol", now), [header, first].concat());
-        assert_eq!(table(&Value::Null, "", now), "NAME    ID    SIZE    MODIFIED\n");
+        let made = ("MODIFIED", "modified_at");
+        assert_eq!(table(&listing, "", made, now), [header, first, second].concat());
+        assert_eq!(table(&listing, "smol", made, now), [header, first].concat());
+        assert_eq!(table(&Value::Null, "", made, now), "NAME    ID    SIZE    MODIFIED\n");
     }
 }

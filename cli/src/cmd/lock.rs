@@ -57,7 +57,7 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
             let entry = json!({
                 "digest": format!("sha256:{digest}"),
                 "template": shown["template"],
-                "parameters": shown["parameters"],
+                "parameters": sampling(shown["parameters"].as_str().unwrap_or_default()),
             });
             locked.insert(name.to_string(), entry);
         }
@@ -65,6 +65,22 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
         files::write(&args.file, &(text.expect("JSON values") + "\n"))?;
         output::print(&format!("{} holds {} model(s)\n", args.file.display(), locked.len()))
     })
+}
+
+/// The parameters as `show` lists them, a name and its value a line, as an object: a name that
+/// comes again has a list.
+fn sampling(lines: &str) -> Value {
+    let mut parameters = Map::new();
+    for (name, text) in lines.lines().filter_map(|line| line.split_once(' ')) {
+        let text = text.trim();
+        let value = serde_json::from_str(text).unwrap_or_else(|_| Value::from(text));
+        match parameters.get_mut(name) {
+            None => drop(parameters.insert(name.to_owned(), value)),
+            Some(Value::Array(values)) => values.push(value),
+            Some(first) => *first = json!([first.take(), value]),
+        }
+    }
+    Value::Object(parameters)
 }
 
 /// The models of a lock file.
@@ -76,4 +92,18 @@ pub fn read(path: &Path) -> Result<Map<String, Value>, Failure> {
     let parsed = serde_json::from_str::<Value>(&text).ok();
     let models = parsed.and_then(|file| file["models"].as_object().cloned());
     models.ok_or_else(|| Failure::Wrong(format!("{} is no lock file", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sampling_is_written_by_its_names() {
+        let lines = "temperature                    0.5\nstop                           \"<a>\"\n\
+                     stop                           \"b c\"\nodd                            x y";
+        let expected = json!({"temperature": 0.5, "stop": ["<a>", "b c"], "odd": "x y"});
+        assert_eq!(sampling(lines), expected);
+        assert_eq!(sampling(""), json!({}));
+    }
 }

@@ -46,8 +46,8 @@ macro_rules! commands {
 
 commands! {
     "Use a model" { run, ps, stop }
-    "Keep models" { pull, pulls, list, show, cp, create, push, lock, rm }
-    "Look after models" { du, fsck, prune, roots }
+    "Keep models" { pull, pulls, import, list, show, cp, create, push, lock, rm, restore }
+    "Look after models" { du, fsck, pin, prune, roots }
     "Serve" { serve }
     "" { runner }
 }

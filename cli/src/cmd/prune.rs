@@ -9,7 +9,7 @@ use crate::error::Failure;
 use crate::place::Place;
 use crate::{human, output};
 
-/// Remove what no model needs
+/// Remove what no model needs, and what was deleted for good
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Also downloads that are not done; a later pull begins at 0

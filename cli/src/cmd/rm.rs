@@ -10,7 +10,7 @@ use crate::error::Failure;
 use crate::output;
 use crate::place::Place;
 
-/// Remove models from this machine
+/// Remove models from this machine; `v4 restore` brings them back until the next prune
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The models

@@ -6,6 +6,7 @@ use serde_json::{Map as JsonMap, Value as Json};
 use v4_kernels::{Bytes, Quant};
 use v4_proto::{Ability, Inspection, ModelFiles, ModelInfo, TensorInfo};
 
+use crate::format::folder::Folder;
 use crate::format::{
     self, Array, File, Format, FormatError, Meta, Tensor, Value, gguf, safetensors,
 };
@@ -61,9 +62,9 @@ const FILE_TYPES: &[(u64, &str)] = &[
 pub fn inspect(files: &ModelFiles) -> Result<Inspection, Error> {
     let header = match format::read(files) {
         Ok(file) => Header::of(&file)?,
-        Err(Error::Format(FormatError::Unknown { .. })) => match files.weights.as_slice() {
-            [folder] if folder.is_dir() => Header::of_unknown_folder(folder)?,
-            paths => Header::of_unknown(&format::open_all(paths)?)?,
+        Err(Error::Format(FormatError::Unknown { .. })) => match Folder::of(files) {
+            Some(folder) => Header::of_unknown_folder(folder)?,
+            None => Header::of_unknown(&format::open_all(&files.weights)?)?,
         },
         Err(error) => return Err(error),
     };
@@ -142,7 +143,7 @@ impl Header {
         Ok(Self { weight_bytes, ..header })
     }
 
-    fn of_unknown_folder(folder: &std::path::Path) -> Result<Self, Error> {
+    fn of_unknown_folder(folder: Folder<'_>) -> Result<Self, Error> {
         let (meta, entries) = safetensors::headers(folder)?;
         let bytes = |entry: &safetensors::Entry| {
             let [start, end] = entry.data_offsets;

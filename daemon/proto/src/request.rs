@@ -212,10 +212,14 @@ pub struct Generate {
 }
 
 /// The files of a model as a runner gets them: paths of immutable, leased blobs.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ModelFiles {
-    /// The weights: one GGUF file, or the shards of one in order.
+    /// The weights: one GGUF file, or the shards of one in order; or all files of a model folder
+    /// of Hugging Face.
     pub weights: Vec<PathBuf>,
+    /// What each of [`ModelFiles::weights`] is called in its folder; empty where they are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
     /// A chat template that replaces the file's own (Jinja text).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,

@@ -8,9 +8,11 @@ use std::{
 
 use serde_json::json;
 use tokio::sync::watch;
-use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles};
+use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles, ModelName};
 use v4_store::{
-    Layer, Lease, Manifest, Partial, Role, Store, StoreError, manifest::CONFIG_TYPE, sha256,
+    Layer, Lease, Manifest, Partial, Store, StoreError,
+    manifest::{CONFIG_TYPE, FOLDER_CONFIG_TYPE, FOLDER_WEIGHTS_TYPE, inspection_key},
+    sha256,
 };
 
 use crate::{
@@ -87,10 +89,10 @@ impl Fetcher {
         progress.send_modify(|progress| begin(&mut progress.files, file_progress(recipe, &steps)));
         if let Some(digest) = current {
             held_to(job.locked, recipe, digest).map_err(|error| error.fault())?;
-            let unsupported = self.known_unsupported(recipe);
+            let unsupported = self.known_unsupported(&recipe.name).await;
             return Ok(Stage::Done { digest, unsupported });
         }
-        let mut got = Vec::new();
+        let (mut got, mut staged) = (Vec::new(), Vec::new());
         for (i, (file, step)) in recipe.files.iter().zip(&steps).enumerate() {
             if let Step::Have { digest, size } = *step {
                 got.push(Got { digest, size });
@@ -98,20 +100,19 @@ impl Fetcher {
             }
             progress.send_modify(|progress| progress.stage = Stage::File(i));
             let meter = Meter::new(progress, [&self.pace, job.pace], i);
-            let one = self.file(file, meter).await.map_err(|e| e.fault())?;
+            let (one, archives) = self.file(file, meter).await.map_err(|e| e.fault())?;
             got.push(one);
+            staged.extend(archives);
             progress.send_modify(|progress| {
                 if let Some(file) = progress.files.get_mut(i) {
-                    *file = FileProgress {
-                        digest: Some(one.digest),
-                        total: Some(one.size),
-                        completed: one.size,
-                        is_done: true,
-                    };
+                    (file.digest, file.total) = (Some(one.digest), Some(one.size));
+                    (file.completed, file.is_done) = (one.size, true);
                 }
             });
         }
         let _lease = self.store.lease(&got.iter().map(|one| one.digest).collect::<Vec<_>>());
+        // Only now: several files may have come out of one archive.
+        self.discard(staged).await.map_err(|error| error.fault())?;
         progress.send_modify(|progress| progress.stage = Stage::Verifying);
         let (inspection, unsupported) = self.inspect(recipe, &got).await?;
         progress.send_modify(|progress| progress.stage = Stage::Writing);
@@ -154,8 +155,29 @@ impl Fetcher {
         .await
     }
 
-    /// Fetches one file from the first source that has it.
-    async fn file(&self, file: &RecipeFile, meter: Meter<'_>) -> Result<Got, PullError> {
+    /// Removes archives that were staged and are of no more use.
+    async fn discard(&self, mut keys: Vec<String>) -> Result<(), PullError> {
+        keys.sort_unstable();
+        keys.dedup();
+        let store = Arc::clone(&self.store);
+        blocking(move || {
+            for key in keys {
+                if let Err(error) = store.discard(&key) {
+                    tracing::warn!(%key, %error, "an archive stays until a later start");
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Fetches one file from the first source that has it. Gives back the keys of the archives that
+    /// were staged for it, too.
+    async fn file(
+        &self,
+        file: &RecipeFile,
+        meter: Meter<'_>,
+    ) -> Result<(Got, Vec<String>), PullError> {
         let key = key(file);
         let turn = self.turns.take(&key).await;
         if let Some(digest) = file.digest {
@@ -172,7 +194,7 @@ impl Fetcher {
             });
             let size = size.await?;
             if let Some(size) = size.filter(|size| file.size.is_none_or(|wanted| wanted == *size)) {
-                return Ok(Got { digest, size });
+                return Ok((Got { digest, size }, Vec::new()));
             }
         }
         let order = plan::order(&file.sources, |location| self.net.is_unreachable(location));
@@ -197,7 +219,7 @@ impl Fetcher {
         Err(failed.unwrap_or(PullError::NoSource(key)))
     }
 
-    /// Fetches one file from one source and commits it.
+    /// Fetches one file from one source and commits it. The archives it came out of stay.
     async fn from(
         &self,
         location: &Location,
@@ -205,13 +227,14 @@ impl Fetcher {
         key: &str,
         turn: &Turn,
         meter: &Meter<'_>,
-    ) -> Result<Got, PullError> {
+    ) -> Result<(Got, Vec<String>), PullError> {
         let writer = Writer::open(&self.store, key, file.size, turn).await?;
         if file.digest.is_none() {
             // Nothing could tell whether what is here belongs to what comes.
             writer.restart().await?;
         }
         let was_resumed = writer.total() > 0;
+        meter.source(self.net.who(location));
         let place = Place { store: &self.store, turns: &self.turns, net: &self.net };
         let mut staged = read_parts(place, location, file, &writer, meter).await;
         if matches!(staged, Err(PullError::Changed { .. })) {
@@ -244,14 +267,14 @@ impl Fetcher {
             drop(turn);
             // Refused bytes came out of these archives, so they are of no use either. After a
             // failure of the disk they are, to the next try.
-            if committed.as_ref().err().is_none_or(is_wrong) {
-                for key in staged {
-                    if let Err(error) = store.discard(&key) {
+            if committed.as_ref().err().is_some_and(is_wrong) {
+                for key in &staged {
+                    if let Err(error) = store.discard(key) {
                         tracing::warn!(%key, %error, "an archive stays until a later start");
                     }
                 }
             }
-            committed.map(|()| Got { digest, size })
+            committed.map(|()| (Got { digest, size }, staged))
         });
         commit.await.map_err(|error| error.at(location, was_resumed))
     }
@@ -262,13 +285,13 @@ impl Fetcher {
         recipe: &Recipe,
         got: &[Got],
     ) -> Result<(Option<Inspection>, Option<String>), Fault> {
-        let weights: Vec<Digest> = weights(recipe, got).collect();
-        let Some(first) = weights.first() else { return Ok((None, None)) };
-        let inspection = if let Some(known) = self.store.inspection(first) {
+        let (weights, names) = opened(recipe, got);
+        let Some(key) = inspection_key(&weights, &names) else { return Ok((None, None)) };
+        let inspection = if let Some(known) = self.store.inspection(&key) {
             known
         } else {
             let paths = weights.iter().map(|digest| self.store.blob_path(digest)).collect();
-            let files = ModelFiles { weights: paths, chat_template: None };
+            let files = ModelFiles { weights: paths, names, ..ModelFiles::default() };
             match self.inspector.inspect(files).await {
                 Ok(inspection) => inspection,
                 Err(fault) if fault.code == Code::Unsupported => {
@@ -282,9 +305,42 @@ impl Fetcher {
     }
 
     /// What is remembered of a model that is here already.
-    fn known_unsupported(&self, recipe: &Recipe) -> Option<String> {
-        let weights = recipe.files.iter().find(|file| file.role == Role::Model)?.digest?;
-        unsupported(&self.store.inspection(&weights)?)
+    async fn known_unsupported(&self, name: &ModelName) -> Option<String> {
+        let (store, name) = (Arc::clone(&self.store), name.clone());
+        let known = blocking(move || {
+            let key = store.find(&name)?.and_then(|record| record.manifest.inspection_key());
+            Ok(key.and_then(|key| store.inspection(&key)))
+        });
+        unsupported(&known.await.ok().flatten()?)
+    }
+
+    /// What a name that is locked comes to without a source: its manifest and all its blobs are
+    /// here and right, under this name or another. `None` where something is to be fetched.
+    pub async fn locked_here(&self, name: &ModelName, locked: Digest) -> Option<Stage> {
+        let (store, wanted) = (Arc::clone(&self.store), name.clone());
+        let found = blocking(move || {
+            let mut record = store.find(&wanted)?.filter(|record| record.digest == locked);
+            if record.is_none() {
+                let other = store.names()?.into_iter().find(|entry| entry.digest == locked);
+                record = other.map(|entry| store.find(&entry.name)).transpose()?.flatten();
+            }
+            let Some(record) = record else { return Ok(false) };
+            let _lease = store.lease(&record.manifest.digests());
+            for layer in record.manifest.blobs() {
+                if whole(&store, &layer.digest)? != Some(layer.size) {
+                    return Ok(false);
+                }
+            }
+            if !record.name.matches(&wanted) {
+                let Some((_, bytes)) = store.manifest(&record.name)? else { return Ok(false) };
+                store.put_manifest(&wanted, &bytes)?;
+            }
+            Ok(true)
+        });
+        if !found.await.ok()? {
+            return None;
+        }
+        Some(Stage::Done { digest: locked, unsupported: self.known_unsupported(name).await })
     }
 
     /// Writes texts, config and manifest, in this order.
@@ -328,9 +384,10 @@ fn manifest(
     got: &[Got],
     inspection: Option<&Inspection>,
 ) -> Result<(Vec<u8>, Vec<Lease>), StoreError> {
-    if let (Some(inspection), Some(first)) = (inspection, weights(recipe, got).next()) {
+    let (weights, names) = opened(recipe, got);
+    if let (Some(inspection), Some(key)) = (inspection, inspection_key(&weights, &names)) {
         // The header can be read again; a model that is here is worth more than its row.
-        if let Err(error) = store.put_inspection(&first, inspection) {
+        if let Err(error) = store.put_inspection(&key, inspection) {
             tracing::warn!(%error, "what the header says is not kept");
         }
     }
@@ -340,10 +397,7 @@ fn manifest(
     let config = config::encode(inspection.map(|one| &one.info));
     let lease = store.lease(&[sha256(&config)]);
     let config_layer = Layer::new(CONFIG_TYPE, store.put_blob(&config)?, config.len() as u64);
-    let mut layers = Vec::new();
-    for (file, one) in recipe.files.iter().zip(got) {
-        layers.push(Layer::new(&file.media_type, one.digest, one.size));
-    }
+    let mut layers = layers(recipe, got);
     for (_, media_type, text) in &recipe.texts {
         let digest = store.put_blob(text.as_bytes())?;
         layers.push(Layer::new(media_type, digest, text.len() as u64));
@@ -401,8 +455,11 @@ fn room(store: &Store, recipe: &Recipe, steps: &[Step]) -> Result<(), StoreError
             needed = needed.saturating_add(size.saturating_sub(store.partial_bytes(&key)?));
         }
     }
-    let free = store.free_bytes()?;
-    if needed > free { Err(StoreError::Space { needed, free }) } else { Ok(()) }
+    let gone = store.make_room(needed)?;
+    if !gone.is_empty() {
+        tracing::info!(names = ?gone, "removed to stay within the quota");
+    }
+    Ok(())
 }
 
 /// Removes what holds nothing. A partial that failed has been told of already.
@@ -448,10 +505,24 @@ fn whole(store: &Store, digest: &Digest) -> Result<Option<u64>, StoreError> {
     }
 }
 
-/// The weights among what was got.
-fn weights<'a>(recipe: &'a Recipe, got: &'a [Got]) -> impl Iterator<Item = Digest> + 'a {
-    let files = recipe.files.iter().zip(got);
-    files.filter(|(file, _)| file.role == Role::Model).map(|(_, one)| one.digest)
+/// The files that were got as layers. Those of a model folder keep their names.
+fn layers(recipe: &Recipe, got: &[Got]) -> Vec<Layer> {
+    let layer = |(file, one): (&RecipeFile, &Got)| {
+        let is_named = [FOLDER_WEIGHTS_TYPE, FOLDER_CONFIG_TYPE].contains(&&*file.media_type);
+        match file.file_name().filter(|_| is_named) {
+            Some(name) => Layer::file(&file.media_type, name, one.digest, one.size),
+            None => Layer::new(&file.media_type, one.digest, one.size),
+        }
+    };
+    recipe.files.iter().zip(got).map(layer).collect()
+}
+
+/// What a runner opens of what was got, and what each is called in its folder.
+fn opened(recipe: &Recipe, got: &[Got]) -> (Vec<Digest>, Vec<String>) {
+    let came = recipe.manifest.as_deref().and_then(|bytes| Manifest::parse(bytes).ok());
+    // Only the layers are looked at.
+    let config = || Layer::new(CONFIG_TYPE, sha256(b""), 0);
+    came.unwrap_or_else(|| Manifest::new(config(), layers(recipe, got))).weights()
 }
 
 /// Why this build cannot run a model, where that is so.
@@ -472,12 +543,20 @@ fn key(file: &RecipeFile) -> String {
 
 fn file_progress(recipe: &Recipe, steps: &[Step]) -> Vec<FileProgress> {
     let one = |(file, step): (&RecipeFile, &Step)| match *step {
-        Step::Have { digest, size } => {
-            FileProgress { digest: Some(digest), total: Some(size), completed: size, is_done: true }
-        }
-        Step::Fetch => {
-            FileProgress { digest: file.digest, total: file.size, completed: 0, is_done: false }
-        }
+        Step::Have { digest, size } => FileProgress {
+            digest: Some(digest),
+            total: Some(size),
+            completed: size,
+            is_done: true,
+            source: None,
+        },
+        Step::Fetch => FileProgress {
+            digest: file.digest,
+            total: file.size,
+            completed: 0,
+            is_done: false,
+            source: None,
+        },
     };
     recipe.files.iter().zip(steps).map(one).collect()
 }

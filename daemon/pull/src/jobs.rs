@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::watch;
 use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles, ModelName};
-use v4_store::Store;
+use v4_store::{Role, Store};
 
 use crate::{
     fetch::{Fetcher, Watched},
@@ -27,8 +27,24 @@ pub trait Catalog: Send + Sync {
     /// The recipe of a name.
     fn find(&self, name: &ModelName) -> Option<Recipe>;
 
-    /// The names there are, as a person types them, for the message about one that is not.
+    /// The repository that a name without a recipe means.
+    fn upstream(&self, _name: &ModelName) -> Option<Upstream> {
+        None
+    }
+
+    /// The models there are, without their tags, for the message about a name that is not.
     fn names(&self) -> Vec<String>;
+}
+
+/// A repository at a hub that a short name means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// Its name, the quant as its tag.
+    pub name: ModelName,
+    /// The branch, tag or commit; not said is `main`.
+    pub revision: Option<String>,
+    /// Texts that the short name adds (licence, parameters): role, media type, text.
+    pub texts: Vec<(Role, String, String)>,
 }
 
 /// What [`Inspector::inspect`] gives back.
@@ -187,9 +203,9 @@ impl Jobs {
             return Ok(Watch::new(job.sender.subscribe()));
         }
         let recipe = self.0.catalog.find(name);
-        let has_registry = name.host() != v4_proto::name::DEFAULT_HOST
-            || !self.0.fetcher.net.config.registries.is_empty();
-        if recipe.is_none() && !has_registry {
+        let is_known = recipe.is_some() || self.0.catalog.upstream(name).is_some();
+        // One that is locked may need no source.
+        if !is_known && !self.0.has_registry(name) && wish.locked.is_none() {
             return Err(self.0.not_in_library(name));
         }
         if running.len() >= limits::PULLS {
@@ -279,8 +295,26 @@ impl Shared {
         )
     }
 
+    /// Whether there is anybody to ask for a name that the library does not have.
+    fn has_registry(&self, name: &ModelName) -> bool {
+        name.host() != v4_proto::name::DEFAULT_HOST
+            || !self.fetcher.net.config.registries.is_empty()
+    }
+
     /// What a registry says of a name that the library does not have.
     async fn ask(&self, name: &ModelName, wish: &Wish) -> Result<Recipe, Fault> {
+        if let Some(upstream) = self.catalog.upstream(name) {
+            let Upstream { name: of, revision, texts } = upstream;
+            let net = &self.fetcher.net;
+            match source::hf::resolve(net, &of, revision.as_deref()).await {
+                Ok(found) => return Ok(Recipe { name: name.clone(), texts, ..found }),
+                Err(error) if !self.has_registry(name) => return Err(error.fault()),
+                Err(error) => tracing::warn!(%name, %of, %error, "the hub is passed over"),
+            }
+        }
+        if !self.has_registry(name) {
+            return Err(self.not_in_library(name));
+        }
         let net = &self.fetcher.net;
         let asked = if source::hf::is_repository(name) {
             source::hf::resolve(net, name, wish.revision.as_deref()).await
@@ -362,6 +396,11 @@ impl Slot {
 
     /// Does the work, from where it is.
     async fn work(&self, recipe: &mut Option<Recipe>, wish: &Wish) -> Stage {
+        if let Some(locked) = wish.locked
+            && let Some(done) = self.shared.fetcher.locked_here(&self.name, locked).await
+        {
+            return done;
+        }
         let recipe = match recipe {
             Some(recipe) => recipe,
             None => match self.shared.ask(&self.name, wish).await {

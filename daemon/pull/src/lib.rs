@@ -24,6 +24,8 @@ mod source;
 mod write;
 
 pub use error::PullError;
-pub use jobs::{Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Watch, Wish};
+pub use jobs::{
+    Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Upstream, Watch, Wish,
+};
 pub use progress::{FileProgress, Progress, Stage};
 pub use recipe::{Location, Origin, Part, Recipe, RecipeFile, RegistryBlob};

@@ -37,6 +37,8 @@ pub struct FileProgress {
     pub completed: u64,
     /// Whether it is in the store, checked.
     pub is_done: bool,
+    /// Who sends it, once somebody does: a host, or `this machine`.
+    pub source: Option<String>,
 }
 
 /// How far a pull is: all of it, so that whoever comes late or looks seldom misses nothing.

@@ -61,6 +61,7 @@ async fn try_push(
         total: Some(layer.size),
         completed: 0,
         is_done: false,
+        source: None,
     };
     progress.send_modify(|progress| progress.files = layers.iter().map(file).collect());
     let refused = |error: PullError| sender.refused(error, name).fault();

@@ -52,6 +52,20 @@ pub struct RecipeFile {
     pub sources: Vec<Location>,
 }
 
+impl RecipeFile {
+    /// What the file is called where it lies, if it lies anywhere under a name.
+    pub fn file_name(&self) -> Option<&str> {
+        let part = self.sources.first()?.parts().last()?;
+        let path = match part {
+            Part::Http { url } => url.split(['?', '#']).next()?,
+            Part::Pypi { member, .. } => member,
+            Part::File { path } => path,
+            Part::Registry(_) => return None,
+        };
+        path.rsplit('/').next().filter(|name| !name.is_empty())
+    }
+}
+
 /// A place where a file lies: one part, or several that are joined in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location(Vec<Part>);

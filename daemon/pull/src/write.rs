@@ -191,6 +191,16 @@ impl<'a> Meter<'a> {
         self.sender.borrow().files.get(self.file).and_then(|file| file.total)
     }
 
+    /// Says who sends the file.
+    pub fn source(&self, who: String) {
+        self.sender.send_if_modified(|progress| {
+            let Some(file) = progress.files.get_mut(self.file) else { return false };
+            let is_new = file.source.as_ref() != Some(&who);
+            file.source = Some(who);
+            is_new
+        });
+    }
+
     /// Waits until so many bytes may come.
     async fn pace(&self, n: u64) {
         for pace in self.paces {

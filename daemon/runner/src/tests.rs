@@ -192,7 +192,7 @@ fn options() -> LoadOptions {
 }
 
 fn files(path: &str) -> ModelFiles {
-    ModelFiles { weights: vec![path.into()], chat_template: None }
+    ModelFiles { weights: vec![path.into()], ..ModelFiles::default() }
 }
 
 /// The daemon's end. Every wait on it ends after ten seconds.

@@ -83,6 +83,14 @@ pub struct Config {
     /// Bytes a second that all pulls together may take (`V4_LIMIT_RATE`), with K, M or G behind the
     /// number; not set is as fast as they come.
     pub limit_rate: Option<NonZeroU64>,
+    /// Bytes that models and downloads may take on disk (`V4_QUOTA`), with K, M, G or T behind the
+    /// number; not set is as much as the disk has. A pull that needs more is refused with the
+    /// command that would make room.
+    pub quota: Option<u64>,
+    /// `on` has a pull that needs more than the quota remove models instead (`V4_QUOTA_EVICT`): the
+    /// one with most bytes of its own times time without use first, never one that is pinned or in
+    /// use.
+    pub quota_evict: bool,
     /// Web pages that may call the daemon, beyond those of this machine (`V4_ORIGINS`): origins
     /// with commas between them; `*` stands for any text.
     pub origins: Vec<String>,
@@ -147,7 +155,7 @@ impl Config {
                 None => Some(DEFAULT_KV_DISK_BYTES),
                 Some(value) => kv_disk(value)?,
             },
-            truncates: text("V4_TRUNCATE").map_or(Ok(true), switch)?,
+            truncates: switch("V4_TRUNCATE", text("V4_TRUNCATE"), true)?,
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
@@ -159,6 +167,8 @@ impl Config {
                 None => text("HOME").map(|home| PathBuf::from(home).join(".docker/config.json")),
             },
             limit_rate: text("V4_LIMIT_RATE").map(limit_rate).transpose()?.flatten(),
+            quota: text("V4_QUOTA").map(quota).transpose()?,
+            quota_evict: switch("V4_QUOTA_EVICT", text("V4_QUOTA_EVICT"), false)?,
             origins: text("V4_ORIGINS").map(|value| list(&value)).unwrap_or_default(),
             log_level: number("V4_LOG", text("V4_LOG"), LevelFilter::INFO)?,
             log_file,
@@ -220,15 +230,6 @@ fn memory(value: String) -> Result<u64, Error> {
     })
 }
 
-/// `on` or `off`.
-fn switch(value: String) -> Result<bool, Error> {
-    match value.as_str() {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(Error::Setting { setting: "V4_TRUNCATE", value, expected: "on or off" }),
-    }
-}
-
 /// Bytes, or `off`.
 fn kv_disk(value: String) -> Result<Option<u64>, Error> {
     if value == "off" {
@@ -239,6 +240,27 @@ fn kv_disk(value: String) -> Result<Option<u64>, Error> {
         value,
         expected: "a number of bytes such as 8G, or off",
     })
+}
+
+fn quota(value: String) -> Result<u64, Error> {
+    bytes(&value).ok_or(Error::Setting {
+        setting: "V4_QUOTA",
+        value,
+        expected: "a number of bytes such as 200G",
+    })
+}
+
+/// `on` or `off`.
+fn switch(setting: &'static str, value: Option<String>, default: bool) -> Result<bool, Error> {
+    match value.as_deref() {
+        None => Ok(default),
+        Some("off" | "0" | "false") => Ok(false),
+        Some("on" | "1" | "true") => Ok(true),
+        Some(_) => {
+            let value = value.unwrap_or_default();
+            Err(Error::Setting { setting, value, expected: "on or off" })
+        }
+    }
 }
 
 fn limit_rate(value: String) -> Result<Option<NonZeroU64>, Error> {
@@ -336,6 +358,8 @@ mod tests {
             ("HF_TOKEN", "t"),
             ("V4_AUTH_FILE", "/a"),
             ("V4_LIMIT_RATE", "2M"),
+            ("V4_QUOTA", "200G"),
+            ("V4_QUOTA_EVICT", "on"),
             ("V4_ORIGINS", " https://a.example/, *"),
             ("V4_LOG", "debug"),
             ("V4_LOG_FILE", "/l"),
@@ -361,6 +385,8 @@ mod tests {
             hf_token: Some("t".to_owned()),
             auth_file: Some("/a".into()),
             limit_rate: NonZeroU64::new(2 << 20),
+            quota: Some(200 << 30),
+            quota_evict: true,
             origins: vec!["https://a.example".to_owned(), "*".to_owned()],
             log_level: LevelFilter::DEBUG,
             log_file: Some("/l".into()),
@@ -410,6 +436,8 @@ mod tests {
             ("V4_KEEP_ALIVE", "soon"),
             ("V4_CONTEXT", "-1"),
             ("V4_MEMORY", "lots"),
+            ("V4_QUOTA", "some"),
+            ("V4_QUOTA_EVICT", "maybe"),
             ("V4_MEMORY", "99999999999G"),
             ("V4_KV_TYPE", "f32"),
             ("V4_PRECISION", "exact"),

@@ -35,7 +35,7 @@ use tokio::{
     sync::watch,
 };
 use v4_pull::{Jobs, PullConfig};
-use v4_store::Store;
+use v4_store::{Quota, Store};
 use v4_supervisor::{KvFolder, Supervisor, SupervisorConfig};
 
 pub use config::{Config, DEFAULT_PORT, Given};
@@ -113,6 +113,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         }),
         ..base
     };
+    store.set_quota(Quota { bytes: config.quota, evicts: config.quota_evict });
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {

@@ -57,6 +57,9 @@ pub const WORKER_THREADS: usize = 2;
 /// needed and end when idle for ten seconds.
 pub const BLOCKING_THREADS: usize = 64;
 
+/// Models of a folder that are imported at once. Downloads keep some ten quants of one model
+/// together.
+pub const IMPORTS: usize = 64;
 /// Lines of a model that is being made which may wait for their reader.
 pub const CREATE_LINES: usize = 16;
 

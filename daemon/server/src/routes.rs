@@ -27,7 +27,7 @@ use crate::{
     ops::{
         blobs, care, create,
         generate::{self, Ask, Running, Started, Step},
-        models, ps, pull,
+        import, models, ps, pull,
     },
     options,
 };
@@ -65,6 +65,11 @@ enum Op {
     Check,
     Roots,
     ChangeRoots,
+    Import,
+    Deleted,
+    Restore,
+    Pins,
+    Pin,
     One,
 }
 
@@ -78,7 +83,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 24] = [
+static ROUTES: [Route; 29] = [
     route(Method::GET, "/", Surface::Ollama, Op::Alive),
     route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
@@ -100,6 +105,11 @@ static ROUTES: [Route; 24] = [
     route(Method::POST, "/api/prune", Surface::Ollama, Op::Prune),
     route(Method::POST, "/api/fsck", Surface::Ollama, Op::Check),
     route(Method::DELETE, "/api/delete", Surface::Ollama, Op::Delete),
+    route(Method::GET, "/api/deleted", Surface::Ollama, Op::Deleted),
+    route(Method::POST, "/api/restore", Surface::Ollama, Op::Restore),
+    route(Method::POST, "/api/import", Surface::Ollama, Op::Import),
+    route(Method::GET, "/api/pins", Surface::Ollama, Op::Pins),
+    route(Method::POST, "/api/pins", Surface::Ollama, Op::Pin),
     route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Op::Chat),
     route(Method::GET, "/v1/models", Surface::OpenAi, Op::List),
     route(Method::GET, "/v1/models/{*model}", Surface::OpenAi, Op::One),
@@ -239,7 +249,10 @@ impl Service {
                 Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
             }
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
-            (Surface::Ollama, Op::Copy | Op::Create | Op::Push) => self.keep(call).await,
+            (
+                Surface::Ollama,
+                Op::Copy | Op::Create | Op::Import | Op::Push | Op::Delete | Op::Restore | Op::Pin,
+            ) => self.keep(call).await,
             (Surface::Ollama, Op::Prune | Op::Check | Op::ChangeRoots) => self.care(call).await,
             (Surface::Ollama, Op::Pull) => {
                 let asked = ollama::decode::pull(&self.reader.read(call.body).await?.bytes)?;
@@ -253,11 +266,6 @@ impl Service {
             (Surface::Ollama, Op::Steer) => {
                 let order = ollama::decode::steer(&self.reader.read(call.body).await?.bytes)?;
                 pull::steer(daemon, order)?;
-                Ok(plain(StatusCode::OK, ""))
-            }
-            (Surface::Ollama, Op::Delete) => {
-                let asked = ollama::decode::delete(&self.reader.read(call.body).await?.bytes)?;
-                models::remove(daemon, &asked).await?;
                 Ok(plain(StatusCode::OK, ""))
             }
             (Surface::Ollama, _) => Ok(self.look(call.route.op).await?),
@@ -290,7 +298,7 @@ impl Service {
         }
     }
 
-    /// The routes that make models of what is here, send them elsewhere, or look after them.
+    /// The routes that make models of what is here, send them elsewhere, or remove them.
     async fn keep<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
     where
         B: HttpBody<Data = Bytes> + Unpin,
@@ -308,10 +316,29 @@ impl Service {
                 let watch = pull::push(daemon, asked.model, asked.wish.is_plain).await?;
                 pushed(watch, asked.stream).await
             }
+            Op::Delete => {
+                models::remove(daemon, &ollama::decode::delete(&bytes)?).await?;
+                Ok(plain(StatusCode::OK, ""))
+            }
+            Op::Restore => {
+                models::restore(daemon, &ollama::decode::delete(&bytes)?).await?;
+                Ok(plain(StatusCode::OK, ""))
+            }
+            Op::Pin => {
+                let (wanted, is_pinned) = ollama::decode::pin(&bytes)?;
+                care::pin(daemon, wanted, is_pinned).await?;
+                Ok(plain(StatusCode::OK, ""))
+            }
+            Op::Import => {
+                let (order, stream) = ollama::decode::import(&bytes)?;
+                let daemon = Arc::clone(daemon);
+                told(async move |say| import::import(&daemon, order, &say).await, stream).await
+            }
             _ => {
                 let (order, stream) = ollama::decode::create(&bytes)?;
                 let daemon = Arc::clone(daemon);
-                told(async move |say| create::create(&daemon, order, &say).await, stream).await
+                let work = async move |say| create::create(&daemon, order, &say).await.map(drop);
+                told(work, stream).await
             }
         }
     }
@@ -370,6 +397,14 @@ impl Service {
             }
             Op::Roots => {
                 json(ollama::JSON_TYPE, ollama::listing::roots(&self.daemon.store.roots()))
+            }
+            Op::Deleted => {
+                let deleted = care::deleted(&self.daemon).await?;
+                json(ollama::JSON_TYPE, ollama::listing::deleted(&deleted))
+            }
+            Op::Pins => {
+                let pins = care::pins(&self.daemon).await?;
+                json(ollama::JSON_TYPE, ollama::listing::pins(&pins))
             }
             Op::Usage => {
                 let usage = care::usage(&self.daemon).await?;

@@ -29,6 +29,8 @@ pub struct Usage {
     pub names: Vec<Cost>,
     /// Bytes of blobs that no name has: what [`Store::prune`] frees.
     pub orphan_bytes: u64,
+    /// Bytes of blobs that only deleted names have: what [`Store::prune`] frees, too.
+    pub deleted_bytes: u64,
     /// Bytes of downloads that are not done.
     pub partial_bytes: u64,
     /// Bytes of everything, each once.
@@ -65,12 +67,21 @@ impl Store {
                 Err(error) => return Err(error),
             }
         }
+        let mut deleted = BTreeSet::new();
+        for name in tree.deleted_names()? {
+            match tree.read_deleted(&name) {
+                Ok(record) => deleted.extend(record.iter().flat_map(|one| one.manifest.digests())),
+                Err(StoreError::Manifest { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let mut usage = Usage::default();
         let mut costs: BTreeMap<&ModelName, (u64, u64)> = BTreeMap::new();
         for (digest, len) in tree.blobs()? {
             usage.total_bytes += len;
             let Some(names) = users.get(&digest) else {
-                usage.orphan_bytes += len;
+                let is_deleted = deleted.contains(&digest);
+                *if is_deleted { &mut usage.deleted_bytes } else { &mut usage.orphan_bytes } += len;
                 continue;
             };
             for name in names {
@@ -93,9 +104,10 @@ impl Store {
         Ok(usage)
     }
 
-    /// Removes the blobs that no name has and nobody uses, however young, and with `partials` the
-    /// downloads that nobody goes on with at this moment. Returns the bytes that came free. Where a
-    /// manifest cannot be read no blob is removed, since it may name any.
+    /// Removes the blobs that no name has and nobody uses, however young, those of deleted names
+    /// among them, which cannot come back then; and with `partials` the downloads that nobody goes
+    /// on with at this moment. Returns the bytes that came free. Where a manifest cannot be read no
+    /// blob is removed, since it may name any.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -103,6 +115,7 @@ impl Store {
         let tree = &self.tree;
         let change = self.lock_changes();
         let before: u64 = tree.blobs()?.into_iter().map(|(_, len)| len).sum();
+        tree.forget_deleted(true)?;
         let all: Vec<Digest> = tree.blobs()?.into_iter().map(|(digest, _)| digest).collect();
         tree.collect(&all)?;
         let after: u64 = tree.blobs()?.into_iter().map(|(_, len)| len).sum();
@@ -203,11 +216,17 @@ impl Store {
             Err(StoreError::Busy(_)) => return Ok(0),
             Err(error) => return Err(error),
         };
+        let path = self.blob_path(digest);
+        let meta = self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        if meta.is_some_and(|meta| meta.n_names > 1) {
+            // It is a hard link to a person's file, which is not ours to mend.
+            return Ok(0);
+        }
         let good: Vec<blob::Piece> = self.good_chunks(digest)?.into_iter().flatten().collect();
         let saved = good.iter().map(|piece| piece.range.end - piece.range.start).sum();
         if saved > 0 {
             let _change = self.lock_changes();
-            blob::begin(&place, &self.blob_path(digest), &good)?;
+            blob::begin(&place, &path, &good)?;
         }
         Ok(saved)
     }
@@ -262,7 +281,7 @@ impl Tree {
     }
 
     /// All blobs with their bytes.
-    fn blobs(&self) -> Result<Vec<(Digest, u64)>, StoreError> {
+    pub fn blobs(&self) -> Result<Vec<(Digest, u64)>, StoreError> {
         let folder = self.home.join("blobs");
         let mut blobs = Vec::new();
         for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {

@@ -40,6 +40,35 @@ pub enum StoreError {
         /// Bytes that may be.
         free: u64,
     },
+    /// The home would have more bytes than it may.
+    #[error(
+        "{} more are needed and V4_QUOTA leaves the home {} of {}; {advice}",
+        human(*needed),
+        human(*left),
+        human(*quota)
+    )]
+    Quota {
+        /// Bytes that are to be written.
+        needed: u64,
+        /// Bytes that may be.
+        left: u64,
+        /// Bytes the home may have.
+        quota: u64,
+        /// What would make room.
+        advice: String,
+    },
+    /// A file of the person changed while it was taken in.
+    #[error("{} changed while it was read; try again when nobody writes it", path.display())]
+    Moved {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A name is there again, so the deleted one cannot come back.
+    #[error("there is another '{name}' by now; remove it or give it another name first")]
+    Taken {
+        /// Which.
+        name: Box<ModelName>,
+    },
     /// Another failure of the file system.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {
@@ -146,13 +175,17 @@ impl StoreError {
             Self::Locked { .. }
             | Self::DiskFull { .. }
             | Self::Space { .. }
+            | Self::Quota { .. }
             | Self::Io { .. }
             | Self::Index { .. } => Code::Disk,
             Self::Digest { .. }
             | Self::Length { .. }
             | Self::Missing(_)
             | Self::Manifest { .. } => Code::Corrupt,
-            Self::ReadOnly { .. } | Self::NoRoot { .. } => Code::Invalid,
+            Self::ReadOnly { .. }
+            | Self::NoRoot { .. }
+            | Self::Moved { .. }
+            | Self::Taken { .. } => Code::Invalid,
             Self::Busy(_) | Self::Key(_) => Code::Internal,
         };
         Fault::new(code, self.to_string())

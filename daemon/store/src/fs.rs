@@ -10,9 +10,9 @@
 use std::{
     fmt, fs,
     io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::Path,
-    time::SystemTime,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// An open file.
@@ -35,8 +35,12 @@ pub trait File: Read + Write + Seek + Send {
 pub struct Meta {
     /// Bytes.
     pub len: u64,
-    /// When its bytes last changed.
+    /// When its bytes last changed, as far as nobody set it back.
     pub modified: SystemTime,
+    /// When anything of it last changed, this time itself included: nobody can set it back.
+    pub changed: SystemTime,
+    /// How many names it has.
+    pub n_names: u64,
     /// A folder.
     pub is_dir: bool,
 }
@@ -89,6 +93,19 @@ pub trait Fs: fmt::Debug + Send + Sync {
     /// # Errors
     /// What the system says.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Makes a new file that shares its bytes with another until one of the two is written. Returns
+    /// `false`, and leaves nothing, where the file system has no such files.
+    ///
+    /// # Errors
+    /// What the system says of `from`.
+    fn clone_file(&self, from: &Path, to: &Path) -> io::Result<bool>;
+
+    /// Gives a file another name. Returns `false` where the file system cannot.
+    ///
+    /// # Errors
+    /// What the system says of `from`.
+    fn link(&self, from: &Path, to: &Path) -> io::Result<bool>;
 
     /// Removes a file. Returns whether there was one.
     ///
@@ -181,6 +198,8 @@ impl Fs for RealFs {
             Ok(meta) => Ok(Some(Meta {
                 len: meta.len(),
                 modified: meta.modified()?,
+                changed: changed(&meta),
+                n_names: meta.nlink(),
                 is_dir: meta.is_dir(),
             })),
             Err(error) => is_absent(&error).then_some(None).ok_or(error),
@@ -206,6 +225,23 @@ impl Fs for RealFs {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
+    }
+
+    fn clone_file(&self, from: &Path, to: &Path) -> io::Result<bool> {
+        let from = fs::File::open(from)?;
+        let mut options = fs::OpenOptions::new();
+        let file = options.write(true).create_new(true).mode(0o600).open(to)?;
+        let is_cloned = rustix::fs::ioctl_ficlone(&file, &from).is_ok();
+        if !is_cloned {
+            fs::remove_file(to)?;
+        }
+        Ok(is_cloned)
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> io::Result<bool> {
+        // A link to a symbolic link would be none to the bytes.
+        let from = fs::canonicalize(from)?;
+        Ok(fs::hard_link(from, to).is_ok())
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<bool> {
@@ -244,11 +280,31 @@ impl Fs for RealFs {
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(path)?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Box::new(file))),
+            Ok(()) => Ok(Some(Box::new(Held(file)))),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
             Err(fs::TryLockError::Error(error)) => Err(error),
         }
     }
+}
+
+/// A lock that is held.
+#[derive(Debug)]
+struct Held(fs::File);
+
+impl Drop for Held {
+    /// Gives the lock back now. Closing the file would not do: a process that is started at this
+    /// moment has a copy of it until it becomes another program, and the lock lives as long as any
+    /// copy.
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
+}
+
+/// When anything of a file last changed.
+fn changed(meta: &fs::Metadata) -> SystemTime {
+    let nanos = u64::try_from(meta.ctime_nsec()).unwrap_or(0);
+    let since = u64::try_from(meta.ctime()).map(Duration::from_secs).unwrap_or_default();
+    UNIX_EPOCH + since + Duration::from_nanos(nanos)
 }
 
 /// Whether an error says that nothing is at the path.

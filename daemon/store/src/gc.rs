@@ -129,6 +129,14 @@ impl Tree {
                 Err(error) => return Err(error),
             }
         }
+        for name in self.deleted_names()? {
+            match self.read_deleted(&name) {
+                Ok(Some(record)) => named.extend(record.manifest.digests()),
+                // One that cannot be read cannot come back.
+                Ok(None) | Err(StoreError::Manifest { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(Some(named))
     }
 
@@ -153,7 +161,7 @@ impl Tree {
     }
 
     /// The names of all files in a tree of manifests.
-    fn names_below(&self, root: &Path) -> Result<Vec<ModelName>, StoreError> {
+    pub fn names_below(&self, root: &Path) -> Result<Vec<ModelName>, StoreError> {
         let mut paths = vec![Vec::new()];
         for _ in 0..4 {
             let mut below = Vec::new();
@@ -180,15 +188,25 @@ impl Tree {
     /// The same with the manifest's own bytes.
     pub fn read_manifest(&self, name: &ModelName) -> Result<Option<(Record, Vec<u8>)>, StoreError> {
         let Some((path, meta)) = self.find_manifest(name)? else { return Ok(None) };
+        self.read_manifest_at(name, &path, meta)
+    }
+
+    /// The same of a file that is known.
+    pub fn read_manifest_at(
+        &self,
+        name: &ModelName,
+        path: &Path,
+        meta: Meta,
+    ) -> Result<Option<(Record, Vec<u8>)>, StoreError> {
         let failed = |source| StoreError::Manifest { name: Box::new(name.clone()), source };
         if meta.len > limits::MANIFEST_BYTES as u64 {
             return Err(failed(ManifestError::TooLong));
         }
-        let bytes = match fs::read(self.fs.as_ref(), &path, limits::MANIFEST_BYTES) {
+        let bytes = match fs::read(self.fs.as_ref(), path, limits::MANIFEST_BYTES) {
             Ok(bytes) => bytes,
             // Removed since it was looked at.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::io("read", &path)(error)),
+            Err(error) => return Err(StoreError::io("read", path)(error)),
         };
         let manifest = Manifest::parse(&bytes).map_err(failed)?;
         let (name, modified) = (name.clone(), meta.modified);

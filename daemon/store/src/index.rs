@@ -172,6 +172,18 @@ impl Index {
         self.remove(&self.stamps, digest.as_bytes())
     }
 
+    /// Forgets the inspection of several files together, which is kept under a digest of its own.
+    pub fn remove_inspection_of_many(
+        &self,
+        key: &Digest,
+        manifest: &crate::Manifest,
+    ) -> Result<(), StoreError> {
+        if manifest.digests().contains(key) {
+            return Ok(());
+        }
+        self.remove(&self.inspections, key.as_bytes())
+    }
+
     /// Whether a blob's file looked like this when its bytes were last known to be right.
     pub fn is_stamped(&self, digest: &Digest, meta: &Meta) -> bool {
         let known = self.stamps.get(digest.as_bytes()).ok().flatten();
@@ -245,13 +257,15 @@ impl Index {
     }
 }
 
-/// Length and time of a file, as bytes to compare.
-fn stamp(meta: &Meta) -> [u8; 24] {
-    let mut bytes = [0; 24];
-    let since = meta.modified.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (len, nanos) = bytes.split_at_mut(8);
+/// Length and times of a file, as bytes to compare.
+fn stamp(meta: &Meta) -> [u8; 40] {
+    let mut bytes = [0; 40];
+    let nanos = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let (len, times) = bytes.split_at_mut(8);
+    let (modified, changed) = times.split_at_mut(16);
     len.copy_from_slice(&meta.len.to_le_bytes());
-    nanos.copy_from_slice(&since.as_nanos().to_le_bytes());
+    modified.copy_from_slice(&nanos(meta.modified).to_le_bytes());
+    changed.copy_from_slice(&nanos(meta.changed).to_le_bytes());
     bytes
 }
 

@@ -12,8 +12,10 @@
 
 #![forbid(unsafe_code)]
 
+mod adopt;
 pub mod blob;
 mod care;
+mod deleted;
 mod error;
 pub mod fs;
 mod gc;
@@ -22,6 +24,7 @@ mod index;
 mod lease;
 pub mod limits;
 pub mod manifest;
+mod quota;
 mod ranges;
 mod roots;
 
@@ -34,6 +37,7 @@ use std::{
     time::SystemTime,
 };
 
+pub use adopt::{Adopted, How};
 pub use blob::{Partial, Staged};
 pub use care::{Cost, Damage, Usage};
 pub use error::{ManifestError, StoreError};
@@ -41,6 +45,7 @@ pub use hash::{Chain, sha256};
 pub use index::Opened;
 pub use lease::Lease;
 pub use manifest::{Entry, Layer, Manifest, Record, Role};
+pub use quota::Quota;
 pub use ranges::Ranges;
 pub use roots::{Root, RootKind};
 use v4_proto::{Digest, Inspection, ModelName};
@@ -65,6 +70,7 @@ pub struct Store {
     tree: Arc<Tree>,
     index_opened: Opened,
     next_staging: AtomicU64,
+    quota: Mutex<Quota>,
     /// Held while a blob is hashed for [`Store::intact`]: who waits finds it done.
     hashing: Mutex<()>,
 }
@@ -88,7 +94,8 @@ impl Store {
         fs.create_dir(home).map_err(StoreError::io("make", home))?;
         let lock = fs.lock(&home.join("lock")).map_err(StoreError::io("lock", home))?;
         let lock = lock.ok_or_else(|| StoreError::Locked { home: home.to_path_buf() })?;
-        for name in ["blobs", "chains", "origins", "partial", "manifests", "index"] {
+        for name in ["blobs", "chains", "origins", "partial", "manifests", deleted::FOLDER, "index"]
+        {
             let path = home.join(name);
             fs.create_dir(&path).map_err(StoreError::io("make", &path))?;
         }
@@ -105,11 +112,13 @@ impl Store {
         };
         tree.load_roots()?;
         tree.sweep_partials()?;
+        tree.forget_deleted(false)?;
         tree.collect_orphans()?;
         Ok(Self {
             tree: Arc::new(tree),
             index_opened,
             next_staging: AtomicU64::new(0),
+            quota: Mutex::default(),
             hashing: Mutex::new(()),
         })
     }
@@ -187,7 +196,7 @@ impl Store {
             Err(StoreError::Manifest { .. }) => Vec::new(),
             Err(error) => return Err(error),
         };
-        self.create_manifest_dirs(&name)?;
+        self.tree.create_name_dirs("manifests", &name)?;
         blob::put_file(
             self.tree.fs.as_ref(),
             &self.staging_path(),
@@ -200,8 +209,8 @@ impl Store {
         Ok(sha256(bytes))
     }
 
-    /// Removes a name, and the blobs that no other name needs and nobody has leased. Returns
-    /// whether there was one. Needs no free space, so it works on a full disk.
+    /// Removes a name for good, and the blobs that no other name needs and nobody has leased.
+    /// Returns whether there was one. Needs no free space, so it works on a full disk.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -219,28 +228,13 @@ impl Store {
             return Err(StoreError::ReadOnly { name: Box::new(name) });
         }
         // The name must be gone for good before its blobs go.
-        for folder in path.ancestors().skip(1).take(4) {
-            self.tree.fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
-            let is_root = folder == self.tree.home.join("manifests");
-            if is_root
-                || !self
-                    .tree
-                    .fs
-                    .remove_empty_dir(folder)
-                    .map_err(StoreError::io("remove", folder))?
-            {
-                break;
-            }
-        }
+        self.tree.remove_name_dirs("manifests", &path)?;
         self.tree.collect(&before)?;
-        // Another name may have the same manifest; then what is told of it goes with that.
-        if let Some(record) = record
-            && !self.names()?.iter().any(|entry| entry.digest == record.digest)
-        {
-            let _ = self.tree.fs.remove_file(&self.tree.origin_path(&record.digest));
+        match record {
+            Some(record) => self.tree.forget(&record)?,
+            // A row too many is no loss, and on a full disk the index cannot be written.
+            None => drop(self.tree.index.remove_name(&name)),
         }
-        // A row too many is no loss, and on a full disk the index cannot be written.
-        let _ = self.tree.index.remove_name(&name);
         Ok(true)
     }
 
@@ -454,19 +448,6 @@ impl Store {
     fn staging_path(&self) -> PathBuf {
         let n = self.next_staging.fetch_add(1, Ordering::Relaxed);
         self.tree.home.join("partial").join(format!("{STAGING}{n}"))
-    }
-
-    /// Makes the folders above a manifest; each new one is on the disk before it is used.
-    fn create_manifest_dirs(&self, name: &ModelName) -> Result<(), StoreError> {
-        let mut folder = self.tree.home.join("manifests");
-        for part in &name.path()[..3] {
-            let above = folder.clone();
-            folder.push(part);
-            if self.tree.fs.create_dir(&folder).map_err(StoreError::io("make", &folder))? {
-                self.tree.fs.sync_dir(&above).map_err(StoreError::io("sync", &above))?;
-            }
-        }
-        Ok(())
     }
 
     /// The name as it is stored, which may differ in letter case.

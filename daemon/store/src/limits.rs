@@ -16,7 +16,7 @@ pub const CHUNK_LINK_BYTES: u64 = 8 << 20;
 pub const CHAIN_BYTES: usize = 16 << 20;
 /// Bytes of what is told of where a manifest came from.
 pub const ORIGIN_BYTES: usize = 1 << 20;
-/// Bytes of the list of roots.
+/// Bytes of the list of roots, and of that of pinned names.
 pub const ROOTS_BYTES: usize = 1 << 20;
 /// Writes that may wait to be hashed. Beyond that they are read back from the file, which the
 /// system still has in memory.
@@ -35,6 +35,9 @@ pub const KEY_CHARS: usize = 200;
 /// Blobs that no manifest names are kept this long, so that a pull that was killed before its last
 /// step need not fetch them again.
 pub const ORPHAN_AGE: Duration = Duration::from_hours(7 * 24);
+/// Deleted names can come back for so long at most, so that what a person deleted does not fill the
+/// disk for ever.
+pub const DELETED_AGE: Duration = ORPHAN_AGE;
 /// Partials, staged archives among them, that nobody went on with for this long are swept at start:
 /// as long as a finished blob waits for its name, and no abandoned pull fills the disk for ever.
 pub const PARTIAL_AGE: Duration = ORPHAN_AGE;

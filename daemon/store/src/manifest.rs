@@ -13,6 +13,14 @@ use crate::{error::ManifestError, limits};
 pub const MANIFEST_TYPE: &str = "application/vnd.docker.distribution.manifest.v2+json";
 /// The media type of the config blob.
 pub const CONFIG_TYPE: &str = "application/vnd.docker.container.image.v1+json";
+/// The media types of ModelPack for the files of a model folder: weights, and what lies beside.
+pub const FOLDER_WEIGHTS_TYPE: &str = "application/vnd.cncf.model.weight.v1.raw";
+/// See [`FOLDER_WEIGHTS_TYPE`].
+pub const FOLDER_CONFIG_TYPE: &str = "application/vnd.cncf.model.weight.config.v1.raw";
+/// Where a layer says what its file is called: ModelPack's and the usual annotation.
+const FILE_NAMES: [&str; 2] = ["org.cncf.model.filepath", "org.opencontainers.image.title"];
+/// The file that makes a model a folder.
+const FOLDER_MARK: &str = "config.json";
 /// What the media types of all roles begin with.
 const ROLE_PREFIX: &str = "application/vnd.ollama.image.";
 
@@ -21,6 +29,8 @@ const ROLE_PREFIX: &str = "application/vnd.ollama.image.";
 pub enum Role {
     /// Weights.
     Model,
+    /// A file beside the weights of a model folder: configuration, tokenizer, template.
+    Config,
     /// A chat template that replaces the file's own.
     Template,
     /// The default system message.
@@ -55,8 +65,10 @@ impl Role {
 
     /// Roles and the media types of other tools: OCI ModelPack's and Docker's. A layer of ModelPack
     /// that is an archive is not read, so it has no role here.
-    const OTHERS: [(Role, &'static str); 5] = [
-        (Role::Model, "application/vnd.cncf.model.weight.v1.raw"),
+    const OTHERS: [(Role, &'static str); 7] = [
+        (Role::Model, FOLDER_WEIGHTS_TYPE),
+        (Role::Config, FOLDER_CONFIG_TYPE),
+        (Role::Config, "application/vnd.ollama.image.json"),
         (Role::Model, "application/vnd.docker.ai.gguf.v3"),
         (Role::License, "application/vnd.docker.ai.license"),
         (Role::Template, "application/vnd.docker.ai.chat.template.jinja"),
@@ -66,15 +78,17 @@ impl Role {
     /// The role that a media type says.
     pub fn from_media_type(media_type: &str) -> Self {
         let media_type = media_type.split(';').next().unwrap_or_default().trim_end();
-        let Some(word) = media_type.strip_prefix(ROLE_PREFIX) else {
-            let other = Self::OTHERS.iter().find(|entry| entry.1 == media_type);
-            return other.map_or(Self::Other, |entry| entry.0);
-        };
-        Self::WORDS.iter().find(|entry| entry.1 == word).map_or(Self::Other, |entry| entry.0)
+        let word = media_type.strip_prefix(ROLE_PREFIX);
+        let ours = Self::WORDS.iter().find(|entry| word == Some(entry.1));
+        let other = Self::OTHERS.iter().find(|entry| entry.1 == media_type);
+        ours.or(other).map_or(Self::Other, |entry| entry.0)
     }
 
     /// The media type to write for this role.
     pub fn media_type(self) -> String {
+        if self == Self::Config {
+            return FOLDER_CONFIG_TYPE.to_owned();
+        }
         let word =
             Self::WORDS.iter().find(|entry| entry.0 == self).map_or("other", |entry| entry.1);
         format!("{ROLE_PREFIX}{word}")
@@ -102,9 +116,23 @@ impl Layer {
         Self { media_type: media_type.into(), digest, size, extra: Map::new() }
     }
 
+    /// A layer that is a file of a model folder.
+    pub fn file(media_type: impl Into<String>, name: &str, digest: Digest, size: u64) -> Self {
+        let annotations = Map::from_iter([(FILE_NAMES[0].to_owned(), name.into())]);
+        let extra = Map::from_iter([("annotations".to_owned(), annotations.into())]);
+        Self { extra, ..Self::new(media_type, digest, size) }
+    }
+
     /// What it is for.
     pub fn role(&self) -> Role {
         Role::from_media_type(&self.media_type)
+    }
+
+    /// What its file is called in its folder, where the manifest says so.
+    pub fn file_name(&self) -> Option<&str> {
+        let annotation = |key: &&str| self.extra.get("annotations")?.get(key)?.as_str();
+        let name = || self.extra.get("name")?.as_str();
+        FILE_NAMES.iter().find_map(annotation).or_else(name)
     }
 }
 
@@ -174,10 +202,73 @@ impl Manifest {
         self.layers.iter().filter(move |layer| layer.role() == role)
     }
 
+    /// What a runner opens, in order, and what each is called in its folder: no names for GGUF
+    /// weights, all names for a model folder.
+    pub fn weights(&self) -> (Vec<Digest>, Vec<String>) {
+        let is_mark =
+            |layer: &Layer| layer.role() == Role::Config && layer.file_name() == Some(FOLDER_MARK);
+        if !self.layers.iter().any(is_mark) {
+            return (self.role(Role::Model).map(|layer| layer.digest).collect(), Vec::new());
+        }
+        let is_file = |layer: &&Layer| matches!(layer.role(), Role::Model | Role::Config);
+        let named = |layer: &Layer| Some((layer.digest, layer.file_name()?.to_owned()));
+        self.layers.iter().filter(is_file).filter_map(named).unzip()
+    }
+
+    /// What the inspection of the weights is kept under: the digest of a file that is alone in
+    /// having a header, else one of all the files and their names together.
+    pub fn inspection_key(&self) -> Option<Digest> {
+        let (weights, names) = self.weights();
+        inspection_key(&weights, &names)
+    }
+
     /// Bytes of all blobs.
     pub fn size_bytes(&self) -> u64 {
         self.blobs().fold(0, |sum, blob| sum.saturating_add(blob.size))
     }
+}
+
+/// The files beside the weights of a model folder that a runner reads.
+const FOLDER_FILES: [&str; 7] = [
+    FOLDER_MARK,
+    "chat_template.jinja",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+
+/// What a file of a model folder is for by its name, and its media type; `None` for one that is not
+/// needed.
+pub fn folder_file(name: &str) -> Option<(Role, &'static str)> {
+    let is_plain = !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
+    if is_plain && name.strip_suffix(".safetensors").is_some_and(|stem| !stem.is_empty()) {
+        Some((Role::Model, FOLDER_WEIGHTS_TYPE))
+    } else if FOLDER_FILES.contains(&name) {
+        Some((Role::Config, FOLDER_CONFIG_TYPE))
+    } else {
+        None
+    }
+}
+
+/// What a model folder lacks to be run; `None` where it lacks nothing.
+pub fn folder_lacks(names: &[&str]) -> Option<&'static str> {
+    let has_weights =
+        names.iter().any(|name| folder_file(name).is_some_and(|(role, _)| role == Role::Model));
+    if !has_weights {
+        return Some("files that end in .safetensors");
+    }
+    [FOLDER_MARK, "tokenizer.json"].into_iter().find(|needed| !names.contains(needed))
+}
+
+/// What the inspection of these files is kept under, see [`Manifest::inspection_key`].
+pub fn inspection_key(weights: &[Digest], names: &[String]) -> Option<Digest> {
+    if names.is_empty() {
+        return weights.first().copied();
+    }
+    let lines = weights.iter().zip(names).map(|(digest, name)| format!("{digest} {name}\n"));
+    Some(crate::sha256(lines.collect::<String>().as_bytes()))
 }
 
 /// A name that is in the store.
@@ -233,6 +324,30 @@ mod tests {
         for (role, media_type) in Role::OTHERS {
             assert_eq!(Role::from_media_type(media_type), role);
         }
+    }
+
+    #[test]
+    fn a_model_folder_is_opened_by_the_names_of_its_files() {
+        let [a, b, c] = [b"a", b"b", b"c"].map(|bytes| crate::sha256(bytes));
+        let weights = Layer::file(FOLDER_WEIGHTS_TYPE, "model.safetensors", a, 1);
+        let config = Layer::file(FOLDER_CONFIG_TYPE, "config.json", b, 1);
+        let license = Layer::new(Role::License.media_type(), c, 1);
+        let manifest = |layers| Manifest::new(Layer::new(CONFIG_TYPE, c, 1), layers);
+        let folder = manifest(vec![weights.clone(), license.clone(), config.clone()]);
+        let names = vec!["model.safetensors".to_owned(), "config.json".to_owned()];
+        assert_eq!(folder.weights(), (vec![a, b], names));
+        let read = Manifest::parse(&folder.encode()).unwrap();
+        assert_eq!(read, folder);
+        // A file that is alone is opened as it is.
+        let single = manifest(vec![weights.clone(), license]);
+        assert_eq!((single.weights(), single.inspection_key()), ((vec![a], Vec::new()), Some(a)));
+        let key = folder.inspection_key().unwrap();
+        let other = Layer::file(FOLDER_CONFIG_TYPE, "config.json", c, 1);
+        assert_ne!(manifest(vec![weights, other]).inspection_key(), Some(key));
+        let mut ollamas = config;
+        ollamas.media_type = "application/vnd.ollama.image.json".to_owned();
+        ollamas.extra = Map::from_iter([("name".to_owned(), "config.json".into())]);
+        assert_eq!((ollamas.role(), ollamas.file_name()), (Role::Config, Some("config.json")));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
 /// From the owner. When the sender is dropped, the runner is killed.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Load { files: ModelFiles, options: Box<LoadOptions> },
+    Load { files: Box<ModelFiles>, options: Box<LoadOptions> },
     Generate { id: AskId, route: Route },
     Cancel { id: AskId },
     Cores { threads: u32 },
@@ -348,7 +348,7 @@ impl Link {
             Command::Load { files, options } => {
                 self.stage = Stage::Loading;
                 self.heard_at = Instant::now();
-                self.writer.send(&ToRunner::Load { files, options: *options })
+                self.writer.send(&ToRunner::Load { files: *files, options: *options })
             }
             Command::Generate { id, route } => {
                 if self.live.is_empty() {

@@ -266,8 +266,8 @@ impl Owner {
             }),
             isa: self.isa.clone(),
         };
-        let files = model.target.files.clone();
-        self.tell(runner, Command::Load { files, options: Box::new(options) });
+        let (files, options) = (Box::new(model.target.files.clone()), Box::new(options));
+        self.tell(runner, Command::Load { files, options });
     }
 
     fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {

@@ -75,7 +75,7 @@ fn target(version: &str) -> Target {
     Target {
         name: version[..1].parse().expect("a name"),
         digest: Digest::from_bytes([version.as_bytes()[version.len() - 1]; 32]),
-        files: ModelFiles { weights: vec![version.into()], chat_template: None },
+        files: ModelFiles { weights: vec![version.into()], ..ModelFiles::default() },
         blobs: Vec::new(),
         info: Some(fake::info()),
     }
@@ -389,7 +389,7 @@ async fn runners_end_with_their_supervisor() {
 async fn inspect_answers_or_says_what_the_file_did() {
     let setup = Setup::normal();
     let inspect = |path: &str| {
-        setup.supervisor.inspect(ModelFiles { weights: vec![path.into()], chat_template: None })
+        setup.supervisor.inspect(ModelFiles { weights: vec![path.into()], ..ModelFiles::default() })
     };
     assert_eq!(soon(inspect("a")).await.expect("facts").info, fake::info());
     assert_eq!(soon(inspect("bad")).await.expect_err("a fault").code, Code::Corrupt);

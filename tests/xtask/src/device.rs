@@ -71,5 +71,5 @@ impl DeviceArgs {
 
 /// A model of one file or folder.
 pub fn files(file: &Path) -> ModelFiles {
-    ModelFiles { weights: vec![file.to_owned()], chat_template: None }
+    ModelFiles { weights: vec![file.to_owned()], ..ModelFiles::default() }
 }

@@ -89,7 +89,9 @@ fn settings(page: &mut String, source: &str) {
          variable.\n\n| variable | what it says |\n|---|---|\n",
     );
     for (comment, _) in commented(source, "pub ") {
-        let variable = comment.split('`').find(|word| word.starts_with("V4_"));
+        let variable = comment
+            .split('`')
+            .find(|word| ["V4_", "HF_"].iter().any(|start| word.starts_with(start)));
         if let Some(variable) = variable {
             let said = comment.replacen(&format!(" (`{variable}`)"), "", 1);
             let said = said.replace("`None` (written `off`)", "`off`").replace("`None`", "not set");
@@ -137,10 +139,15 @@ fn models(page: &mut String) {
         let modelfile = entry.modelfile();
         for file in modelfile.files() {
             let size = file.size.map(|size| size.to_string()).unwrap_or_default();
-            let digest = file.digest.unwrap_or_default().trim_start_matches("sha256:");
+            let digest = file.digest.map_or("not checked here; the hub's".to_owned(), |digest| {
+                format!("`{}`", digest.trim_start_matches("sha256:"))
+            });
             let sources = file.sources.iter().copied().flatten().map(|part| format!("`{part}`"));
-            let sources = sources.collect::<Vec<_>>().join("<br>");
-            let _ = writeln!(page, "| `{}` | {size} | `{digest}` | {sources} |", entry.name());
+            let mut sources = sources.collect::<Vec<_>>().join("<br>");
+            if sources.is_empty() {
+                sources = format!("`{}`", file.from);
+            }
+            let _ = writeln!(page, "| `{}` | {size} | {digest} | {sources} |", entry.name());
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::as_conversions)]
 
+pub mod folder;
 pub mod gguf;
 pub mod safetensors;
 #[cfg(test)]
@@ -273,9 +274,9 @@ pub struct File {
 /// # Errors
 /// [`Error::Open`] and [`Error::Format`].
 pub fn read(files: &ModelFiles) -> Result<File, Error> {
-    match files.weights.as_slice() {
-        [folder] if folder.is_dir() => safetensors::read_folder(folder),
-        paths => Ok(gguf::read(&open_all(paths)?)?),
+    match folder::Folder::of(files) {
+        Some(folder) => safetensors::read_folder(folder),
+        None => Ok(gguf::read(&open_all(&files.weights)?)?),
     }
 }
 
@@ -295,17 +296,17 @@ pub(crate) fn open(path: &Path) -> Result<Bytes, Error> {
 }
 
 /// A length of the file's own as one of this machine. Beyond `usize` is beyond every file.
-fn length(n: u64) -> usize {
+pub(crate) fn length(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
 /// A length of this machine as one of a file.
-fn wide(n: usize) -> u64 {
+pub(crate) fn wide(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
 /// Fails where a claim is beyond its limit.
-fn bounded(what: &'static str, claimed: u64, limit: u64) -> Result<u64, FormatError> {
+pub(crate) fn bounded(what: &'static str, claimed: u64, limit: u64) -> Result<u64, FormatError> {
     if claimed > limit {
         return Err(FormatError::BeyondLimit { what, claimed, limit });
     }

@@ -1,18 +1,19 @@
-//! A model folder of Hugging Face: `config.json` and safetensors files.
+//! A model folder of Hugging Face: `config.json`, safetensors files, and what is said of the
+//! tokenizer.
 //!
 //! A safetensors file is a `u64` header length, a JSON header that names each tensor's type, shape
 //! and byte range, then the bytes. Several files are joined by `model.safetensors.index.json`.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value as Json;
 use v4_kernels::{Bytes, Quant};
 use v4_proto::limits;
 
-use super::{Array, File, Format, FormatError, Meta, Tensor, Value, bounded, length, open, wide};
-use crate::Error;
+use super::folder::Folder;
+use super::{Array, File, Format, FormatError, Meta, Tensor, Value, bounded, length, wide};
+use crate::{Error, tokenizer};
 
 type Result<T> = std::result::Result<T, FormatError>;
 
@@ -31,12 +32,12 @@ const GROUP_BYTES: u64 = 16;
 ///
 /// # Errors
 /// [`Error::Open`] when a file is missing, [`Error::Format`] when one makes no sense.
-pub fn read_folder(folder: &Path) -> std::result::Result<File, Error> {
-    let meta = config(&json(folder, CONFIG)?)?;
+pub fn read_folder(folder: Folder<'_>) -> std::result::Result<File, Error> {
+    let meta = metadata(folder)?;
     let mut all = Vec::new();
     let mut names = HashSet::new();
     for shard in shards(folder)? {
-        for piece in pieces(&open(&folder.join(&shard))?)? {
+        for piece in pieces(&folder.open(&shard)?)? {
             if !names.insert(piece.name.clone()) {
                 let name = piece.name;
                 let problem = format!("tensor {name:?} is in two of them");
@@ -52,22 +53,29 @@ pub fn read_folder(folder: &Path) -> std::result::Result<File, Error> {
 ///
 /// # Errors
 /// As [`read_folder`].
-pub fn headers(folder: &Path) -> std::result::Result<(Meta, Vec<(String, Entry)>), Error> {
-    let meta = config(&json(folder, CONFIG)?)?;
+pub fn headers(folder: Folder<'_>) -> std::result::Result<(Meta, Vec<(String, Entry)>), Error> {
+    let meta = metadata(folder)?;
     let mut entries = Vec::new();
     for shard in shards(folder)? {
-        entries.extend(header(open(&folder.join(&shard))?.as_slice())?.0);
+        entries.extend(header(folder.open(&shard)?.as_slice())?.0);
     }
     Ok((meta, entries))
 }
 
+/// What the folder says beside its weights.
+fn metadata(folder: Folder<'_>) -> std::result::Result<Meta, Error> {
+    let mut meta = config(&json(folder, CONFIG)?)?;
+    tokenizer::json::add(&mut meta, folder)?;
+    Ok(meta)
+}
+
 /// The names of the folder's safetensors files.
-fn shards(folder: &Path) -> std::result::Result<Vec<String>, Error> {
+fn shards(folder: Folder<'_>) -> std::result::Result<Vec<String>, Error> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: serde_json::Map<String, Json>,
     }
-    if !folder.join(INDEX).is_file() {
+    if folder.find(INDEX)?.is_none() {
         return Ok(vec![SINGLE.to_owned()]);
     }
     let index: Index = serde_json::from_value(json(folder, INDEX)?)
@@ -91,8 +99,12 @@ fn is_plain(name: &str) -> bool {
     !name.starts_with('.') && !name.is_empty() && !name.contains(['/', '\\', '\0'])
 }
 
-fn json(folder: &Path, name: &str) -> std::result::Result<Json, Error> {
-    let map = open(&folder.join(name))?;
+/// A JSON file of a folder.
+///
+/// # Errors
+/// [`Error::Open`]; [`Error::Format`] where it is none.
+pub(crate) fn json(folder: Folder<'_>, name: &str) -> std::result::Result<Json, Error> {
+    let map = folder.open(name)?;
     bounded("bytes of a JSON file", wide(map.len()), wide(limits::MODEL_JSON_BYTES))?;
     let json = serde_json::from_slice(map.as_slice())
         .map_err(|error| FormatError::Contradiction(format!("{name}: {error}")))?;

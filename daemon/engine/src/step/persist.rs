@@ -35,7 +35,9 @@ impl Engine {
         let disk = Disk::open(options, &name, self.kv.shape.block_bytes());
         let disk = disk.map_err(|source| Error::KvDisk { path: options.root.clone(), source })?;
         let shape = format!("{:?}", self.kv.shape);
-        let mut parts = vec![BLOCK_LAYOUT, self.kv.shape.kv_type.name(), &shape];
+        // What computes them is a part of what they are: products that are exact are others.
+        let precision = if self.model.device_mut().is_exact() { "exact" } else { "int8" };
+        let mut parts = vec![BLOCK_LAYOUT, self.kv.shape.kv_type.name(), precision, &shape];
         parts.extend(digests.iter().map(String::as_str));
         self.root = Chain::root(&parts);
         self.prefix = Prefix::new(true);

@@ -31,7 +31,7 @@ fn golden(model: &str, name: &str) -> Vec<u32> {
 /// An engine over a tiny model; `n_blocks` cuts its KV cache short.
 fn open(model: &str, slots: u32, n_blocks: Option<u32>) -> (Prepare, Engine) {
     let weights = vec![folder().join(format!("{model}.gguf"))];
-    let files = ModelFiles { weights, chat_template: None };
+    let files = ModelFiles { weights, ..ModelFiles::default() };
     let cpu = Cpu::open(&CpuOptions { threads: 2, isa: None, ..CpuOptions::default() })
         .expect("a processor");
     let model = Model::open(&files, Box::new(cpu), &mut |_, _, _| {}).expect("a good model");

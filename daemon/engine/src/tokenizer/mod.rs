@@ -1,6 +1,7 @@
 //! Text to tokens and back, from the metadata of a model's file alone.
 
 mod bpe;
+pub(crate) mod json;
 mod merge;
 mod pretokenize;
 mod spm;

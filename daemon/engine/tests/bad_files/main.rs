@@ -25,7 +25,7 @@ fn written(name: &str, bytes: &[u8]) -> PathBuf {
 }
 
 fn files(path: &Path) -> ModelFiles {
-    ModelFiles { weights: vec![path.to_owned()], chat_template: None }
+    ModelFiles { weights: vec![path.to_owned()], ..ModelFiles::default() }
 }
 
 fn device() -> Box<Cpu> {

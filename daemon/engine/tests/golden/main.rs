@@ -43,7 +43,7 @@ fn hf(name: &str) -> Case {
     let model = if ours.exists() { ours } else { shared.join(name) };
     Case {
         golden: model.join("golden.safetensors"),
-        files: ModelFiles { weights: vec![model], chat_template: None },
+        files: ModelFiles { weights: vec![model], ..ModelFiles::default() },
         products: Products::Float,
         has_experts: false,
     }
@@ -53,7 +53,10 @@ fn gguf(name: &str, products: Products) -> Case {
     let gguf = folder().join("gguf");
     Case {
         golden: gguf.join(format!("{name}.golden.safetensors")),
-        files: ModelFiles { weights: vec![gguf.join(format!("{name}.gguf"))], chat_template: None },
+        files: ModelFiles {
+            weights: vec![gguf.join(format!("{name}.gguf"))],
+            ..ModelFiles::default()
+        },
         products,
         has_experts: false,
     }

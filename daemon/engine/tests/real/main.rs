@@ -74,7 +74,7 @@ fn path(case: &Case) -> Option<PathBuf> {
 /// Holds a model against its golden figures.
 fn check(case: &Case, is_exact: bool) {
     let Some(path) = path(case) else { return };
-    let files = ModelFiles { weights: vec![path], chat_template: None };
+    let files = ModelFiles { weights: vec![path], ..ModelFiles::default() };
     let cpu = Cpu::open(&CpuOptions { is_exact, ..CpuOptions::default() }).expect("a processor");
     let model = Model::open(&files, Box::new(cpu), &mut |_, _, _| {});
     let mut model = model.expect("a good model");
@@ -199,7 +199,7 @@ fn headers_say_what_is_known_of_these_models() {
     ];
     for (case, quant, n_params, context, abilities) in cases {
         let Some(path) = path(case) else { continue };
-        let files = ModelFiles { weights: vec![path], chat_template: None };
+        let files = ModelFiles { weights: vec![path], ..ModelFiles::default() };
         let info = v4_engine::inspect(&files).expect("a good file").info;
         assert!(info.supported, "{}", case.file);
         assert_eq!((info.quant.as_str(), info.n_params), (quant, n_params));

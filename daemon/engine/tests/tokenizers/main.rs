@@ -18,7 +18,7 @@ fn tokenizer(file: &str) -> Option<Tokenizer> {
         println!("skipped: {file} is not in $V4_TEST_MODELS; `.ci/run` pulls it");
         return None;
     };
-    let files = ModelFiles { weights: vec![path], chat_template: None };
+    let files = ModelFiles { weights: vec![path], ..ModelFiles::default() };
     let file = format::read(&files).expect("a good model");
     Some(Tokenizer::from_meta(&file.meta).expect("a good tokenizer"))
 }

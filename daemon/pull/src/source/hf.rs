@@ -4,7 +4,10 @@
 use reqwest::header::HeaderMap;
 use serde::{Deserialize, de::DeserializeOwned};
 use v4_proto::{Digest, ModelName};
-use v4_store::Role;
+use v4_store::{
+    Role,
+    manifest::{folder_file, folder_lacks},
+};
 
 use super::{
     Net, host,
@@ -77,9 +80,13 @@ pub(crate) async fn resolve(
     let file = |entry: &&Entry| {
         let url = format!("{endpoint}/{repository}/resolve/{sha}/{}", encoded(&entry.path));
         let digest = entry.lfs.as_ref().and_then(|lfs| Digest::from_hex(&lfs.oid).ok());
+        let (role, media_type) = match folder_file(&entry.path) {
+            Some((role, media_type)) => (role, media_type.to_owned()),
+            None => (Role::Model, Role::Model.media_type()),
+        };
         RecipeFile {
-            role: Role::Model,
-            media_type: Role::Model.media_type(),
+            role,
+            media_type,
             digest,
             size: Some(entry.lfs.as_ref().map_or(entry.size, |lfs| lfs.size)),
             sources: vec![Part::Http { url }.into()],
@@ -138,7 +145,10 @@ fn refused(error: PullError, name: &ModelName, endpoint: &str) -> PullError {
     }
 }
 
-/// The files that a tag means: one, or all shards of one.
+/// The tag that means the safetensors of a repository that has GGUF, too.
+const SAFETENSORS: &str = "safetensors";
+
+/// The files that a tag means: one, or all shards of one, or a folder of safetensors.
 fn choose<'a>(entries: &'a [Entry], tag: &str) -> Result<Vec<&'a Entry>, String> {
     let lower = |entry: &Entry| entry.path.to_ascii_lowercase();
     let is_weights = |entry: &&Entry| {
@@ -147,11 +157,15 @@ fn choose<'a>(entries: &'a [Entry], tag: &str) -> Result<Vec<&'a Entry>, String>
     };
     let mut files: Vec<&Entry> = entries.iter().filter(is_weights).collect();
     files.sort_by(|a, b| a.path.cmp(&b.path));
+    let is_folder = || entries.iter().any(|entry| has_ending(&lower(entry), SAFETENSORS));
+    if tag.eq_ignore_ascii_case(SAFETENSORS)
+        || files.is_empty() && tag == v4_proto::name::DEFAULT_TAG && is_folder()
+    {
+        return folder(entries);
+    }
     if files.is_empty() {
-        let has_other = entries.iter().any(|entry| has_ending(&lower(entry), "safetensors"));
-        let advice = "; this version does not pull safetensors, so look for a repository of the \
-                      same model with GGUF in its name";
-        return Err(format!("no GGUF file{}", if has_other { advice } else { "" }));
+        let advice = "; for its safetensors say nothing or `safetensors` in place of the quant";
+        return Err(format!("no GGUF file{}", if is_folder() { advice } else { "" }));
     }
     let first = |is_it: &dyn Fn(&Entry) -> bool| {
         // Of several the shortest: `x-Q4_K_M.gguf` before `x-UD-Q4_K_M.gguf`.
@@ -182,6 +196,33 @@ fn choose<'a>(entries: &'a [Entry], tag: &str) -> Result<Vec<&'a Entry>, String>
         _ => Ok(shards),
     }
 }
+
+/// The files of a model folder: what lies at the top and a runner reads. Of weights that are there
+/// twice, whole and in the parts of another program, those that the index names.
+fn folder(entries: &[Entry]) -> Result<Vec<&Entry>, String> {
+    let mut files: Vec<&Entry> =
+        entries.iter().filter(|entry| folder_file(&entry.path).is_some()).collect();
+    let is_usual = |entry: &Entry| entry.path.starts_with("model");
+    let is_weights = |entry: &Entry| has_ending(&entry.path, SAFETENSORS);
+    if files.iter().any(|entry| is_weights(entry) && is_usual(entry)) {
+        files.retain(|entry| !is_weights(entry) || is_usual(entry));
+    }
+    if files.iter().any(|entry| entry.path == INDEX) {
+        files.retain(|entry| entry.path != "model.safetensors");
+    }
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    let names: Vec<&str> = files.iter().map(|entry| entry.path.as_str()).collect();
+    match folder_lacks(&names) {
+        None => Ok(files),
+        Some(what) => Err(format!(
+            "no {what}, so its safetensors cannot be run; look for a repository of the same model \
+             with GGUF in its name"
+        )),
+    }
+}
+
+/// Says which file has which weights, where there are several.
+const INDEX: &str = "model.safetensors.index.json";
 
 /// Whether the name of a file ends so.
 fn has_ending(path: &str, ending: &str) -> bool {
@@ -273,9 +314,30 @@ mod tests {
         assert!(words.contains("no file for \"Q2_K\"; it has") && words.contains("x-Q4_K_S.gguf"));
         assert!(chosen(&FILES, "Q4").is_err(), "half a word is none");
         assert!(chosen(&["a-00001-of-00003.gguf"], "latest").unwrap_err().contains("1 of the 3"));
-        assert!(chosen(&["m.safetensors"], "latest").unwrap_err().contains("safetensors"));
+        assert!(chosen(&["m.safetensors"], "q4_0").unwrap_err().contains("safetensors"));
         assert_eq!(chosen(&["odd.gguf"], "latest").unwrap(), ["odd.gguf"]);
         assert_eq!(chosen(&[], "latest").unwrap_err(), "no GGUF file");
+    }
+
+    #[test]
+    fn a_repository_of_safetensors_is_a_folder() {
+        let single = ["config.json", "model.safetensors", "tokenizer.json"];
+        let others = ["README.md", "onnx/model.onnx", "consolidated.safetensors", "a/config.json"];
+        let all = [&single[..], &others].concat();
+        assert_eq!(chosen(&all, "latest").unwrap(), single);
+        assert_eq!(chosen(&all, "Safetensors").unwrap(), single);
+        let both = [&all[..], &["x-Q4_K_M.gguf"]].concat();
+        assert_eq!(chosen(&both, "latest").unwrap(), ["x-Q4_K_M.gguf"]);
+        assert_eq!(chosen(&both, "safetensors").unwrap(), single);
+        let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+        let sharded = [&all[..], &shards, &["model.safetensors.index.json"]].concat();
+        let found = chosen(&sharded, "latest").unwrap();
+        assert!(shards.iter().all(|shard| found.iter().any(|file| file == shard)), "{found:?}");
+        assert!(!found.iter().any(|file| file == "model.safetensors"), "{found:?}");
+        let words = chosen(&single[..2], "latest").unwrap_err();
+        assert!(words.contains("no tokenizer.json"), "{words}");
+        let words = chosen(&["m.safetensors"], "latest").unwrap_err();
+        assert!(words.contains("no config.json"), "{words}");
     }
 
     #[test]

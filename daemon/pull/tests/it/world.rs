@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use v4_proto::{Ability, Code, Digest, Fault, Inspection, ModelFiles, ModelInfo, ModelName};
 use v4_pull::{
     Catalog, Inspecting, Inspector, Jobs, Origin, Progress, PullConfig, Recipe, RecipeFile, Stage,
-    Watch, Wish,
+    Upstream, Watch, Wish,
 };
 use v4_store::{Role, Store, fs::Fs, fs::RealFs, sha256};
 
@@ -34,12 +34,21 @@ pub fn name(text: &str) -> ModelName {
     text.parse().unwrap()
 }
 
+/// The name of the catalog that means a repository, and which.
+pub const SHORT: (&str, &str) = ("short", "hf.co/me/x-GGUF:Q4_K_M");
+
 #[derive(Default)]
 struct Recipes(Mutex<BTreeMap<ModelName, Recipe>>);
 
 impl Catalog for Recipes {
     fn find(&self, name: &ModelName) -> Option<Recipe> {
         self.0.lock().unwrap().get(name).cloned()
+    }
+
+    fn upstream(&self, asked: &ModelName) -> Option<Upstream> {
+        let license = (Role::License, Role::License.media_type(), "free".to_owned());
+        let upstream = Upstream { name: name(SHORT.1), revision: None, texts: vec![license] };
+        (*asked == name(SHORT.0)).then_some(upstream)
     }
 
     fn names(&self) -> Vec<String> {

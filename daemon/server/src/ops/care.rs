@@ -3,11 +3,18 @@
 use std::{path::PathBuf, sync::Arc};
 
 use tokio::sync::mpsc;
-use v4_proto::Fault;
+use v4_proto::{Fault, ModelName};
 use v4_pull::{Stage, Wish};
-use v4_store::{Damage, Usage};
+use v4_store::{Damage, Entry, Usage};
 
-use crate::{daemon::Daemon, limits, ops::create::Say};
+use crate::{
+    daemon::Daemon,
+    limits,
+    ops::{
+        create::Say,
+        models::{self, Wanted},
+    },
+};
 
 /// What each name costs.
 ///
@@ -15,6 +22,33 @@ use crate::{daemon::Daemon, limits, ops::create::Say};
 /// What the store says.
 pub async fn usage(daemon: &Daemon) -> Result<Usage, Fault> {
     daemon.blocking(v4_store::Store::usage).await
+}
+
+/// The names that no quota removes.
+///
+/// # Errors
+/// What the store says.
+pub async fn pins(daemon: &Daemon) -> Result<Vec<ModelName>, Fault> {
+    daemon.blocking(v4_store::Store::pins).await
+}
+
+/// Pins a stored name, or takes its pin away.
+///
+/// # Errors
+/// `not_found` for a name that is not here; what the store says.
+pub async fn pin(daemon: &Daemon, wanted: Wanted, is_pinned: bool) -> Result<(), Fault> {
+    if is_pinned {
+        models::one(daemon, &wanted).await?;
+    }
+    daemon.blocking(move |store| store.pin(&wanted.name, is_pinned)).await.map(drop)
+}
+
+/// The names that were deleted and can come back.
+///
+/// # Errors
+/// What the store says.
+pub async fn deleted(daemon: &Daemon) -> Result<Vec<Entry>, Fault> {
+    daemon.blocking(v4_store::Store::deleted).await
 }
 
 /// Removes what nobody needs. Returns the bytes that came free.

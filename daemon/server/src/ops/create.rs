@@ -5,7 +5,10 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use v4_proto::{Code, Digest, Fault, Inspection, Message, ModelFiles};
-use v4_store::{Layer, Manifest, Record, Role, Store, StoreError, manifest::CONFIG_TYPE};
+use v4_store::{
+    Layer, Manifest, Record, Role, Store, StoreError,
+    manifest::{CONFIG_TYPE, folder_file, folder_lacks, inspection_key},
+};
 
 use crate::{
     daemon::Daemon,
@@ -42,12 +45,12 @@ pub struct Create {
 /// Takes the lines that tell how far it is.
 pub type Say = mpsc::Sender<String>;
 
-/// Makes the name.
+/// Makes the name. Returns the digest of its manifest.
 ///
 /// # Errors
 /// `not_found` for a model or a blob that is not here; `invalid` and `unsupported` for what cannot
 /// be made; what the store says.
-pub async fn create(daemon: &Arc<Daemon>, order: Create, say: &Say) -> Result<(), Fault> {
+pub async fn create(daemon: &Arc<Daemon>, order: Create, say: &Say) -> Result<Digest, Fault> {
     let files = order.files.iter().chain(&order.adapters);
     let digests: Vec<Digest> = files.map(|(_, digest)| *digest).collect();
     let _lease = daemon.store.lease(&digests);
@@ -55,17 +58,27 @@ pub async fn create(daemon: &Arc<Daemon>, order: Create, say: &Say) -> Result<()
         Some(from) => Some(base(daemon, from).await?),
         None => None,
     };
+    let is_folder = order
+        .files
+        .iter()
+        .any(|(name, _)| folder_file(name).is_some_and(|(role, _)| role == Role::Model));
+    let mut order = order;
+    if is_folder {
+        order.files = folder(order.files)?;
+    }
     let weights = sizes(daemon, &order.files).await?;
     let adapters = sizes(daemon, &order.adapters).await?;
     let mut inspection = None;
     if !weights.is_empty() {
         // Whoever left need not hear it.
-        let _ = say.send("parsing GGUF".to_owned()).await;
-        inspection = Some(inspect(daemon, &weights).await?);
+        let what = if is_folder { "parsing safetensors" } else { "parsing GGUF" };
+        let _ = say.send(what.to_owned()).await;
+        let names = if is_folder { names(&order.files) } else { Vec::new() };
+        inspection = Some(inspect(daemon, &weights, names).await?);
     }
     Options::read(&order.parameters)?;
     let target = order.target.clone();
-    let parts = Parts { order, base, weights, adapters, inspection };
+    let parts = Parts { order, base, is_folder, weights, adapters, inspection };
     let (sender, mut lines) = mpsc::channel(limits::CREATE_LINES);
     let work = daemon.blocking(move |store| parts.write(store, &sender));
     let tell = async {
@@ -74,8 +87,25 @@ pub async fn create(daemon: &Arc<Daemon>, order: Create, say: &Say) -> Result<()
         }
     };
     let (digest, ()) = tokio::join!(work, tell);
-    tokio::spawn(pull::replace(Arc::clone(daemon), target, digest?));
-    Ok(())
+    let digest = digest?;
+    tokio::spawn(pull::replace(Arc::clone(daemon), target, digest));
+    Ok(digest)
+}
+
+/// The files of a model folder that a runner reads; others are left out.
+fn folder(files: Vec<(String, Digest)>) -> Result<Vec<(String, Digest)>, Fault> {
+    let files: Vec<_> = files.into_iter().filter(|(name, _)| folder_file(name).is_some()).collect();
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    match folder_lacks(&names) {
+        None => Ok(files),
+        Some(what) => {
+            Err(Fault::invalid(format!("a model of safetensors needs {what} among its files")))
+        }
+    }
+}
+
+fn names(files: &[(String, Digest)]) -> Vec<String> {
+    files.iter().map(|(name, _)| name.clone()).collect()
 }
 
 /// The model that a new one begins with.
@@ -111,9 +141,13 @@ async fn sizes(daemon: &Daemon, files: &[(String, Digest)]) -> Result<Vec<(Diges
 }
 
 /// What the header of the new weights says, read by a short-lived runner.
-async fn inspect(daemon: &Daemon, weights: &[(Digest, u64)]) -> Result<Inspection, Fault> {
+async fn inspect(
+    daemon: &Daemon,
+    weights: &[(Digest, u64)],
+    names: Vec<String>,
+) -> Result<Inspection, Fault> {
     let paths = weights.iter().map(|(digest, _)| daemon.store.blob_path(digest)).collect();
-    let files = ModelFiles { weights: paths, chat_template: None };
+    let files = ModelFiles { weights: paths, names, ..ModelFiles::default() };
     daemon.supervisor.inspect(files).await
 }
 
@@ -121,6 +155,8 @@ async fn inspect(daemon: &Daemon, weights: &[(Digest, u64)]) -> Result<Inspectio
 struct Parts {
     order: Create,
     base: Option<Record>,
+    /// The weights are the files of a model folder.
+    is_folder: bool,
     weights: Vec<(Digest, u64)>,
     adapters: Vec<(Digest, u64)>,
     inspection: Option<Inspection>,
@@ -140,7 +176,9 @@ impl Parts {
                 layers.extend(new.into_iter().map(layer));
             }
         };
-        set(Role::Model, self.weights.clone());
+        if !self.is_folder {
+            set(Role::Model, self.weights.clone());
+        }
         set(Role::Adapter, self.adapters.clone());
         let mut leases = Vec::new();
         for (role, texts) in self.texts(store)? {
@@ -151,16 +189,37 @@ impl Parts {
             }
             set(role, new);
         }
+        if !self.weights.is_empty() {
+            // What lay beside the old weights says nothing of the new ones.
+            layers.retain(|layer| layer.role() != Role::Config);
+        }
+        if self.is_folder {
+            layers.retain(|layer| layer.role() != Role::Model);
+            layers.splice(0..0, self.folder());
+        }
         let config = self.config(store)?;
         leases.push(store.lease(&[v4_store::sha256(&config)]));
         let (digest, size) = put(store, say, &config)?;
-        if let (Some(inspection), Some((first, _))) = (&self.inspection, self.weights.first()) {
+        let weights: Vec<Digest> = self.weights.iter().map(|(digest, _)| *digest).collect();
+        let names = if self.is_folder { names(&self.order.files) } else { Vec::new() };
+        let key = inspection_key(&weights, &names);
+        if let (Some(inspection), Some(key)) = (&self.inspection, key) {
             // Only a cache: without it the header is read again.
-            let _ = store.put_inspection(first, inspection);
+            let _ = store.put_inspection(&key, inspection);
         }
         let manifest = Manifest::new(Layer::new(CONFIG_TYPE, digest, size), layers);
         let _ = say.blocking_send("writing manifest".to_owned());
         store.put_manifest(&self.order.target.name, &manifest.encode())
+    }
+
+    /// The files of a model folder as layers.
+    fn folder(&self) -> Vec<Layer> {
+        let files = self.order.files.iter().zip(&self.weights);
+        let layer = |((name, _), (digest, size)): (&(String, Digest), &(Digest, u64))| {
+            let (_, media_type) = folder_file(name)?;
+            Some(Layer::file(media_type, name, *digest, *size))
+        };
+        files.filter_map(layer).collect()
     }
 
     /// The texts of each role that is said.

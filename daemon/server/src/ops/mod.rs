@@ -4,6 +4,7 @@ pub mod blobs;
 pub mod care;
 pub mod create;
 pub mod generate;
+pub mod import;
 pub mod models;
 pub mod ps;
 pub mod pull;

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use v4_proto::{
     Ability, Code, Digest, Fault, Inspection, Message, ModelFiles, ModelInfo, ModelName,
 };
-use v4_store::{Entry, Record, Role, Store, StoreError};
+use v4_store::{Entry, Record, Role, Store, StoreError, manifest::inspection_key};
 use v4_supervisor::Target;
 
 use crate::{daemon::Daemon, limits, options::Options};
@@ -69,8 +69,10 @@ pub struct Model {
     pub texts: Texts,
     /// What a runner opens.
     pub files: ModelFiles,
-    /// The weights; figures are kept under the first one.
+    /// The weights, with all that lies beside them in a model folder.
     pub weights: Vec<Digest>,
+    /// What figures and inspection are kept under.
+    pub key: Digest,
     /// Where it came from, as far as that is known: JSON, or `null`.
     pub origin: Value,
 }
@@ -119,22 +121,21 @@ pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
             format!("model '{}' has an adapter, which this version does not support", wanted.text),
         ));
     }
-    let weights: Vec<Digest> =
-        record.manifest.role(Role::Model).map(|layer| layer.digest).collect();
-    if weights.is_empty() {
+    let (weights, names) = record.manifest.weights();
+    let Some(key) = inspection_key(&weights, &names) else {
         return Err(Fault::new(
             Code::Unsupported,
             format!("model '{}' has no weights of its own in the store", wanted.text),
         ));
-    }
+    };
     whole(daemon, wanted, &weights).await?;
     let chat_template = match &texts.template {
         Some(Template::Jinja(text)) => Some(text.clone()),
         _ => None,
     };
     let paths: Vec<PathBuf> = weights.iter().map(|digest| daemon.store.blob_path(digest)).collect();
-    let files = ModelFiles { weights: paths, chat_template };
-    Ok(Model { record, texts, files, weights, origin })
+    let files = ModelFiles { weights: paths, names, chat_template };
+    Ok(Model { record, texts, files, weights, key, origin })
 }
 
 /// Makes sure that the weights are what their digests say: a file that somebody cut, changed or
@@ -166,7 +167,11 @@ fn read(store: &Store, name: &ModelName) -> Result<Option<(Record, Texts)>, Stor
     let mut texts = Texts::default();
     for layer in &record.manifest.layers {
         let role = layer.role();
-        if matches!(role, Role::Model | Role::Adapter | Role::Projector | Role::Other) {
+        let is_text = !matches!(
+            role,
+            Role::Model | Role::Config | Role::Adapter | Role::Projector | Role::Other
+        );
+        if !is_text {
             continue;
         }
         let bytes = store.read_blob(&layer.digest, limits::ROLE_BYTES)?;
@@ -177,7 +182,7 @@ fn read(store: &Store, name: &ModelName) -> Result<Option<(Record, Texts)>, Stor
             Role::License => texts.licenses.push(text),
             Role::Params => texts.params = json(&record, "parameters", &text),
             Role::Messages => texts.messages = json(&record, "messages", &text),
-            Role::Model | Role::Adapter | Role::Projector | Role::Other => {}
+            Role::Model | Role::Config | Role::Adapter | Role::Projector | Role::Other => {}
         }
     }
     Ok(Some((record, texts)))
@@ -197,7 +202,7 @@ fn json<T: for<'de> Deserialize<'de> + Default>(record: &Record, what: &str, tex
 /// # Errors
 /// What the runner says of the files.
 pub async fn info(daemon: &Daemon, model: &Model) -> Result<ModelInfo, Fault> {
-    let key = model.weights[0];
+    let key = model.key;
     if let Some(info) = daemon.known(&key) {
         return Ok(info);
     }
@@ -211,7 +216,7 @@ pub async fn info(daemon: &Daemon, model: &Model) -> Result<ModelInfo, Fault> {
 /// # Errors
 /// What the runner says of the files.
 pub async fn inspection(daemon: &Daemon, model: &Model) -> Result<Inspection, Fault> {
-    let key = model.weights[0];
+    let key = model.key;
     let kept = daemon.blocking(move |store| Ok(store.inspection(&key))).await?;
     if let Some(kept) = kept {
         return Ok(kept);
@@ -316,8 +321,8 @@ fn listed(store: &Store, entry: Entry) -> Listed {
 
 /// What is known without opening the weights: the kept header, else the config blob.
 fn facts(store: &Store, record: &Record) -> Facts {
-    let weights = record.manifest.role(Role::Model).next();
-    if let Some(kept) = weights.and_then(|layer| store.inspection(&layer.digest)) {
+    let key = record.manifest.inspection_key();
+    if let Some(kept) = key.and_then(|key| store.inspection(&key)) {
         return Facts::from(&kept.info);
     }
     let config = store.read_blob(&record.manifest.config.digest, limits::ROLE_BYTES);
@@ -369,15 +374,29 @@ pub async fn copy(daemon: &Arc<Daemon>, from: Wanted, to: Wanted) -> Result<(), 
     Ok(())
 }
 
-/// Unloads a model and removes its name, with the blobs nobody else needs.
+/// Unloads a model and deletes its name, which can come back until the next prune.
 ///
 /// # Errors
 /// `not_found`; what the store says.
 pub async fn remove(daemon: &Daemon, wanted: &Wanted) -> Result<(), Fault> {
     daemon.supervisor.unload(&wanted.name).await;
     let name = wanted.name.clone();
-    let was_there = daemon.blocking(move |store| store.remove(&name)).await?;
+    let was_there = daemon.blocking(move |store| store.delete(&name)).await?;
     if was_there { Ok(()) } else { Err(wanted.not_found()) }
+}
+
+/// Brings a deleted name back.
+///
+/// # Errors
+/// `not_found`; `invalid` when the name is used again; what the store says.
+pub async fn restore(daemon: &Daemon, wanted: &Wanted) -> Result<(), Fault> {
+    let name = wanted.name.clone();
+    if daemon.blocking(move |store| store.restore(&name)).await? {
+        return Ok(());
+    }
+    let text = &wanted.text;
+    let words = format!("there is no deleted '{text}'; `v4 list --deleted` shows those there are");
+    Err(Fault::new(Code::NotFound, words))
 }
 
 #[cfg(test)]

@@ -507,6 +507,8 @@ async fn a_pull_tells_each_step_once() {
     );
     let file = lines.iter().rfind(|line| line.get("completed").is_some()).expect("a file's line");
     assert_eq!(file["completed"], 100_000, "{}", answer.text);
+    assert_eq!(file["source"], "this machine");
+    assert_eq!(file["overall"], json!({"total": 100_000, "completed": 100_000}));
     let tags = ask(&fixture, "GET", "/api/tags", "").await.json();
     assert_eq!(tags["models"][0]["name"], "shelf:latest");
     let again = post(&fixture, "/api/pull", &json!({"model": "shelf", "stream": false})).await;

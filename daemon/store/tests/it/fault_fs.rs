@@ -155,6 +155,16 @@ impl Fs for FaultFs {
         RealFs.rename(from, to)
     }
 
+    fn clone_file(&self, from: &Path, to: &Path) -> io::Result<bool> {
+        self.change();
+        RealFs.clone_file(from, to)
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> io::Result<bool> {
+        self.change();
+        RealFs.link(from, to)
+    }
+
     fn remove_file(&self, path: &Path) -> io::Result<bool> {
         self.change();
         if self.0.fault == Fault::Stuck && self.is_time(1) {

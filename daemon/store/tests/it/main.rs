@@ -10,6 +10,7 @@ mod crash;
 #[allow(dead_code)]
 mod fault_fs;
 mod index;
+mod keep;
 mod memory_fs;
 mod power;
 mod story;

@@ -202,9 +202,12 @@ impl Fs for MemoryFs {
         let disk = self.disk();
         let modified = SystemTime::now();
         Ok(disk.now.get(path).map(|node| match node {
-            Node::Dir => Meta { len: 0, modified, is_dir: true },
+            Node::Dir => Meta { len: 0, modified, changed: modified, n_names: 1, is_dir: true },
             Node::File(id) => {
-                Meta { len: disk.files[*id].now.len() as u64, modified, is_dir: false }
+                let is_it = |node: &&Node| matches!(node, Node::File(other) if other == id);
+                let n_names = disk.now.values().filter(is_it).count() as u64;
+                let len = disk.files[*id].now.len() as u64;
+                Meta { len, modified, changed: modified, n_names, is_dir: false }
             }
         }))
     }
@@ -229,6 +232,18 @@ impl Fs for MemoryFs {
         let node = disk.now.remove(from).ok_or(io::ErrorKind::NotFound)?;
         disk.now.insert(to.to_path_buf(), node);
         Ok(())
+    }
+
+    fn clone_file(&self, _from: &Path, _to: &Path) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> io::Result<bool> {
+        let mut disk = self.disk();
+        let id = disk.file(from)?;
+        disk.change()?;
+        disk.now.insert(to.to_path_buf(), Node::File(id));
+        Ok(true)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<bool> {

@@ -42,7 +42,8 @@ pub fn before(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
 }
 
 /// The story: the download goes on and is committed, a name points to it, then to a newer version
-/// of it, and the old name is removed.
+/// of it, and the old name is
+/// deleted, comes back, and is removed.
 pub fn tell(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
     let store = Store::open_with(home, fs)?;
     let bytes = weights();
@@ -63,6 +64,10 @@ pub fn tell(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
     store.put_manifest(&name("new"), &first.encode())?;
     let second = manifest(&store, &bytes, &["second terms"])?;
     store.put_manifest(&name("new"), &second.encode())?;
+    store.delete(&name("old"))?;
+    store.restore(&name("old"))?;
+    store.delete(&name("old"))?;
+    store.restore(&name("old"))?;
     store.remove(&name("old"))?;
     Ok(())
 }

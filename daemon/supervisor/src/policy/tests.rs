@@ -28,7 +28,7 @@ fn target(version: &str, mib: u64) -> Target {
     Target {
         name: name.parse().expect("a name"),
         digest: Digest::from_bytes([version.as_bytes()[version.len() - 1]; 32]),
-        files: ModelFiles { weights: vec![version.into()], chat_template: None },
+        files: ModelFiles { weights: vec![version.into()], ..ModelFiles::default() },
         blobs: Vec::new(),
         info: Some(info(mib * MIB - limits::SCRATCH_BYTES)),
     }

@@ -18,6 +18,7 @@ use crate::{
     ops::{
         create::Create,
         generate::{Ask, Work, lacks},
+        import::Import,
         models::Wanted,
         pull::Order,
     },
@@ -364,6 +365,43 @@ pub fn create(bytes: &[u8]) -> Result<(Create, bool), Fault> {
         config,
     };
     Ok((order, body.stream.unwrap_or(true)))
+}
+
+#[derive(Deserialize)]
+struct ImportBody {
+    path: Option<PathBuf>,
+    model: Option<String>,
+    #[serde(default)]
+    link: bool,
+    stream: Option<bool>,
+}
+
+/// `/api/import`, v4's own, and whether its progress comes in pieces.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn import(bytes: &[u8]) -> Result<(Import, bool), Fault> {
+    let body: ImportBody = json::parse(bytes)?;
+    let path = body.path.filter(|path| path.is_absolute());
+    let path = path.ok_or_else(|| Fault::invalid("path must be an absolute path"))?;
+    let name = body.model.as_deref().filter(|text| !text.is_empty());
+    let name = name.map(|text| wanted(Some(text))).transpose()?;
+    Ok((Import { path, name, may_link: body.link }, body.stream.unwrap_or(true)))
+}
+
+#[derive(Deserialize)]
+struct PinBody {
+    model: Option<String>,
+    pinned: bool,
+}
+
+/// `/api/pins`, v4's own: a name, and whether it is pinned from now on.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn pin(bytes: &[u8]) -> Result<(Wanted, bool), Fault> {
+    let body: PinBody = json::parse(bytes)?;
+    Ok((wanted(body.model.as_deref())?, body.pinned))
 }
 
 /// Files by name, each with the digest of its blob.

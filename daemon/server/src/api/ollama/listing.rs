@@ -188,6 +188,7 @@ pub fn pulls(running: &[v4_pull::Running], limit_rate: Option<NonZeroU64>) -> Ve
 struct Costs {
     models: Vec<OneCost>,
     orphans: u64,
+    deleted: u64,
     partials: u64,
     total: u64,
 }
@@ -199,8 +200,8 @@ struct OneCost {
     shared: u64,
 }
 
-/// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, of downloads
-/// that are not done, and of everything once.
+/// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, that only
+/// deleted names have, of downloads that are not done, and of everything once.
 pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
     let cost = |one: &v4_store::Cost| OneCost {
         name: one.name.to_string(),
@@ -210,6 +211,7 @@ pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
     bytes(&Costs {
         models: usage.names.iter().map(cost).collect(),
         orphans: usage.orphan_bytes,
+        deleted: usage.deleted_bytes,
         partials: usage.partial_bytes,
         total: usage.total_bytes,
     })
@@ -239,6 +241,30 @@ pub fn roots(roots: &[v4_store::Root]) -> Vec<u8> {
 }
 
 #[derive(Serialize)]
+struct Removed {
+    name: String,
+    digest: String,
+    size: u64,
+    deleted_at: String,
+}
+
+/// `/api/deleted`, v4's own: the names that can come back.
+pub fn deleted(entries: &[v4_store::Entry]) -> Vec<u8> {
+    let one = |entry: &v4_store::Entry| Removed {
+        name: entry.name.to_string(),
+        digest: entry.digest.hex(),
+        size: entry.size_bytes,
+        deleted_at: clock::local(entry.modified),
+    };
+    bytes(&Models { models: entries.iter().map(one).collect() })
+}
+
+/// `/api/pins`, v4's own: the names that no quota removes.
+pub fn pins(names: &[v4_proto::ModelName]) -> Vec<u8> {
+    bytes(&Models { models: names.iter().map(ToString::to_string).collect() })
+}
+
+#[derive(Serialize)]
 struct Freed {
     freed: u64,
 }
@@ -257,11 +283,24 @@ struct PullLine<'a> {
     total: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     completed: Option<u64>,
+    /// v4's own: who sends the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<&'a str>,
+    /// v4's own: all files together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overall: Option<Overall>,
+}
+
+/// Bytes of all files whose sizes are known, and those of them that are here.
+#[derive(Serialize, Clone, Copy)]
+struct Overall {
+    total: u64,
+    completed: u64,
 }
 
 impl<'a> PullLine<'a> {
     fn status(status: &'a str) -> Self {
-        Self { status, digest: None, total: None, completed: None }
+        Self { status, digest: None, total: None, completed: None, source: None, overall: None }
     }
 }
 
@@ -329,6 +368,11 @@ impl PullLines {
 
     fn files(&mut self, progress: &Progress, out: &mut Vec<u8>) {
         self.written.resize(progress.files.len(), None);
+        let known = || progress.files.iter().filter(|file| file.total.is_some());
+        let overall = Overall {
+            total: known().filter_map(|file| file.total).sum(),
+            completed: known().map(|file| file.completed).sum(),
+        };
         for (file, written) in progress.files.iter().zip(&mut self.written) {
             let is_waiting = file.completed == 0 && !file.is_done;
             let is_told = *written == Some(file.completed) || (written.is_none() && is_waiting);
@@ -346,6 +390,8 @@ impl PullLines {
                 digest: file.digest.as_ref().map(ToString::to_string),
                 total: file.total,
                 completed: Some(file.completed).filter(|&n| n > 0),
+                source: file.source.as_deref(),
+                overall: Some(overall),
             }));
         }
     }

@@ -111,8 +111,12 @@ fn each_parameter(params: &Map<String, Value>, mut take: impl FnMut(&str, &Value
 fn modelfile(model: &Model) -> String {
     let texts = &model.texts;
     let weights = model.files.weights.iter();
-    let mut directives: Vec<Directive> =
-        weights.map(|path| Directive::From(path.display().to_string())).collect();
+    let mut directives: Vec<Directive> = if model.files.names.is_empty() {
+        weights.map(|path| Directive::From(path.display().to_string())).collect()
+    } else {
+        // The files of a folder have their names in the manifest alone.
+        vec![Directive::From(model.record.name.to_string())]
+    };
     if let Some(Template::Jinja(text) | Template::Go(text)) = &texts.template {
         directives.push(Directive::Template(text.clone()));
     }
