@@ -1,7 +1,7 @@
 //! The harness of the process tests.
 //!
-//! **Owns** temporary homes, real daemons on free ports, a small HTTP client, a loopback package
-//! index that can misbehave, and models made on the spot.
+//! **Owns** temporary homes, real daemons on free ports, a small HTTP client, a loopback registry,
+//! a package index that can misbehave, and models made on the spot.
 //!
 //! **Never** reaches into a process: it sees what a user sees. Nothing in the product knows of it.
 //!
@@ -20,6 +20,7 @@ pub mod home;
 pub mod http;
 pub mod index;
 pub mod process;
+pub mod registry;
 pub mod wheel;
 
 use std::path::{Path, PathBuf};

@@ -20,10 +20,12 @@ mod plan;
 mod progress;
 mod push;
 mod recipe;
+mod signature;
 mod source;
+mod team;
 mod write;
 
 pub use error::PullError;
 pub use jobs::{Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Watch, Wish};
 pub use progress::{FileProgress, Progress, Stage};
-pub use recipe::{Location, Origin, Part, Recipe, RecipeFile, RegistryBlob};
+pub use recipe::{Location, Origin, Part, PeerBlob, Recipe, RecipeFile, RegistryBlob};

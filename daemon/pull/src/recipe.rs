@@ -35,6 +35,8 @@ pub struct Origin {
     pub revision: Option<String>,
     /// The licence, where somebody said which.
     pub license: Option<String>,
+    /// The file of the public key that its signature was held against.
+    pub signature: Option<String>,
 }
 
 /// One file of a recipe.
@@ -88,11 +90,22 @@ pub enum Part {
     },
     /// A blob of a registry: `oci:[http://]HOST/REPOSITORY@DIGEST`.
     Registry(RegistryBlob),
+    /// A blob of another v4 on the network. No recipe names one.
+    Peer(PeerBlob),
     /// A local file: `file:/PATH`.
     File {
         /// The absolute path.
         path: String,
     },
+}
+
+/// A blob of another v4.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerBlob {
+    /// Scheme, a key with `@` behind it where one is needed, host and port.
+    pub base: String,
+    /// Which blob.
+    pub digest: Digest,
 }
 
 /// A blob of a registry that speaks the distribution protocol.
@@ -143,6 +156,7 @@ impl fmt::Display for Part {
             }
             Self::Http { url } => f.write_str(&shown(url)),
             Self::Registry(blob) => write!(f, "{blob}"),
+            Self::Peer(blob) => write!(f, "peer:{}@{}", shown(&blob.base), blob.digest),
             Self::File { path } => write!(f, "file:{path}"),
         }
     }

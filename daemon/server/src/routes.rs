@@ -1,5 +1,7 @@
 //! One table: method, path, surface, operation. And the way of a request through it.
 
+mod registry;
+
 use std::{
     panic::AssertUnwindSafe,
     sync::{
@@ -59,6 +61,8 @@ enum Op {
     Push,
     HasBlob,
     PutBlob,
+    Registry,
+    Chain,
     Usage,
     Prune,
     Check,
@@ -77,7 +81,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 24] = [
+static ROUTES: [Route; 27] = [
     route(Method::GET, "/", Surface::Ollama, Op::Alive),
     route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
@@ -93,6 +97,9 @@ static ROUTES: [Route; 24] = [
     route(Method::POST, "/api/copy", Surface::Ollama, Op::Copy),
     route(Method::HEAD, "/api/blobs/{digest}", Surface::Ollama, Op::HasBlob),
     route(Method::POST, "/api/blobs/{digest}", Surface::Ollama, Op::PutBlob),
+    route(Method::GET, "/api/chains/{digest}", Surface::Ollama, Op::Chain),
+    route(Method::GET, "/v2/", Surface::Ollama, Op::Registry),
+    route(Method::GET, "/v2/{*path}", Surface::Ollama, Op::Registry),
     route(Method::GET, "/api/roots", Surface::Ollama, Op::Roots),
     route(Method::POST, "/api/roots", Surface::Ollama, Op::ChangeRoots),
     route(Method::GET, "/api/du", Surface::Ollama, Op::Usage),
@@ -124,6 +131,8 @@ struct Call<B> {
     route: &'static Route,
     /// The rest of the path, for the routes that have one.
     rest: String,
+    /// The part of a blob that is asked for.
+    range: Option<HeaderValue>,
     body: B,
 }
 
@@ -179,9 +188,10 @@ impl Service {
         let Some(&route) = found.value.iter().find(|route| route.method == asked) else {
             return wrong_method(found.value);
         };
-        let rest = found.params.get("model").or(found.params.get("digest"));
+        let rest = ["model", "digest", "path"].iter().find_map(|name| found.params.get(name));
         let rest = rest.unwrap_or_default().to_owned();
-        let call = Call { id, route, rest, body: request.into_body() };
+        let range = request.headers().get(header::RANGE).cloned();
+        let call = Call { id, route, rest, range, body: request.into_body() };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -221,6 +231,10 @@ impl Service {
                 Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
             }
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
+            (Surface::Ollama, Op::Registry) => {
+                Ok(registry::answer(daemon, &call.rest, call.range.as_ref()).await?)
+            }
+            (Surface::Ollama, Op::Chain) => Ok(registry::chain(daemon, &call.rest).await?),
             (Surface::Ollama, Op::Copy | Op::Create | Op::Push) => self.keep(call).await,
             (Surface::Ollama, Op::Prune | Op::Check | Op::ChangeRoots) => self.care(call).await,
             (Surface::Ollama, Op::Pull) => {
