@@ -241,11 +241,23 @@ impl Team {
         doubted.for_each(|member| member.trust = Trust::Asked);
     }
 
-    /// Doubts whoever brought one of these parts.
+    /// Doubts whoever brought one of these parts alone; where nobody did, whoever brought some of it.
     fn doubt_parts(&mut self, wrong: &[Range<u64>]) {
-        let has_any = |ranges: &Ranges| wrong.iter().any(|part| ranges.has_any(part.clone()));
-        for member in &mut self.members {
-            if member.trust == Trust::Asked && has_any(&member.brought) {
+        let had_some = |brought: &Ranges, part: &Range<u64>| brought.has_any(part.clone());
+        let helpers = |part: &Range<u64>| -> Vec<usize> {
+            let has_helped = |i: &usize| had_some(&self.members[*i].brought, part);
+            (0..self.members.len()).filter(has_helped).collect()
+        };
+        let (mut alone, mut all) = (Vec::new(), Vec::new());
+        for part in wrong {
+            match helpers(part)[..] {
+                [one] if !had_some(&self.before, part) => alone.push(one),
+                ref some => all.extend_from_slice(some),
+            }
+        }
+        for i in if alone.is_empty() { all } else { alone } {
+            let member = &mut self.members[i];
+            if member.trust == Trust::Asked {
                 member.trust = Trust::Doubted;
             }
         }
@@ -310,6 +322,14 @@ mod tests {
         assert_eq!(judge(&mut team, Some(wrong), 3 * PART), [wrong]);
         assert_eq!(trusts(&team), [Trust::Asked, Trust::Asked], "somebody must be asked");
         assert_eq!(team.chain, None);
+    }
+
+    #[test]
+    fn who_shares_a_wrong_part_is_not_doubted_where_another_one_brought_one_alone() {
+        let mut team = team(&[(0, PART + 5), (PART + 5, 3 * PART)]);
+        let gone = team.judge(Some(&[PART..2 * PART, 2 * PART..3 * PART]), 3 * PART).unwrap();
+        assert_eq!(gone.len(), 2);
+        assert_eq!(trusts(&team), [Trust::Asked, Trust::Doubted]);
     }
 
     #[test]

@@ -200,13 +200,17 @@ impl Plan {
         Some(share)
     }
 
-    /// The next range: a share of what is left for each of them, within bounds.
+    /// The next range: a share of what is left for each of them, within bounds. It ends where a part
+    /// of a chain does, so that a part that turns out wrong is one mirror's.
     fn next(&mut self, n_workers: usize, mirror: usize) -> Option<Share> {
         let left: u64 = self.gaps.iter().map(|gap| gap.end - gap.start).sum();
         let gap = self.gaps.front_mut()?;
         let len = left / (2 * n_workers.max(1) as u64);
         let len = len.clamp(limits::RANGE_BYTES.0, limits::RANGE_BYTES.1);
-        let share = Share::new(gap.start..gap.end.min(gap.start.saturating_add(len)), mirror);
+        let end = gap.start.saturating_add(len);
+        let part = end - end % v4_store::limits::CHUNK_LINK_BYTES;
+        let end = if part > gap.start { part } else { end };
+        let share = Share::new(gap.start..gap.end.min(end), mirror);
         gap.start = share.end;
         if gap.start == gap.end {
             self.gaps.pop_front();
@@ -468,7 +472,7 @@ mod tests {
         let mut plan = plan(&[0..10 * MIB, 50 * MIB..60 * MIB], 4);
         let take = |plan: &mut Plan, i| plan.take(i, 2, 0).map(|one| (one.at / MIB, one.end / MIB));
         let taken: Vec<_> = (0..4).map(|i| take(&mut plan, i)).collect();
-        assert_eq!(taken, [Some((0, 8)), Some((8, 10)), Some((50, 58)), Some((58, 60))]);
+        assert_eq!(taken, [Some((0, 8)), Some((8, 10)), Some((50, 56)), Some((56, 60))]);
         // What goes fast is left alone: a second request would fetch bytes that are on their way.
         let began = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
         plan.shares =
