@@ -266,7 +266,7 @@ pub(crate) async fn read(
     sink: &Sink<'_>,
 ) -> Result<u64, PullError> {
     if let Some(size) = expected
-        && ranges::is_worth_it(&sink.gaps(size))
+        && ranges::is_worth_it(&sink.gaps(size), size)
         && ranges::read(&[Mirror::new(link)], size, sink).await?
     {
         return Ok(size);

@@ -28,10 +28,12 @@ use super::http::{
 };
 use crate::{error::PullError, limits, write::Sink};
 
-/// Whether so much is missing, or in such a way, that one stream from the start is not the best.
-pub(crate) fn is_worth_it(gaps: &[Range<u64>]) -> bool {
+/// Whether so much of a file of `size` bytes is missing, or in such a way, that one stream from the
+/// first gap to the end is not the best.
+pub(crate) fn is_worth_it(gaps: &[Range<u64>], size: u64) -> bool {
     let missing: u64 = gaps.iter().map(|gap| gap.end - gap.start).sum();
-    missing >= limits::RANGES_FROM_BYTES || gaps.len() > 1
+    let has_more_behind = gaps.first().is_some_and(|gap| gap.end < size);
+    missing >= limits::RANGES_FROM_BYTES || has_more_behind
 }
 
 /// Reads what is missing of a file of `size` bytes. `false` when the only mirror knows no ranges.
@@ -503,10 +505,11 @@ mod tests {
 
     #[test]
     fn small_and_whole_rests_are_streamed() {
-        assert!(!is_worth_it(&[]));
-        let one = |len| is_worth_it(std::slice::from_ref(&(0..len)));
+        assert!(!is_worth_it(&[], 6));
+        let one = |len| is_worth_it(std::slice::from_ref(&(5..5 + len)), 5 + len);
         assert!(!one(limits::RANGES_FROM_BYTES - 1));
         assert!(one(limits::RANGES_FROM_BYTES));
-        assert!(is_worth_it(&[0..1, 5..6]));
+        assert!(is_worth_it(&[0..1, 5..6], 6));
+        assert!(is_worth_it(std::slice::from_ref(&(0..1)), 6), "what is behind the gap is here");
     }
 }

@@ -233,3 +233,20 @@ async fn ranges_that_lie_about_their_length_or_drip_cost_themselves_only() {
     world.pull_well("m").await;
     server.wait_until_left();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_in_the_middle_is_all_that_is_asked_for() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let file = data.clone();
+    let server = Server::start(move |request| Reply::file(request, &file));
+    let digest = world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    let key = format!("sha256-{}", digest.hex());
+    let mut partial = world.store.partial(&key, Some(SIZE as u64)).unwrap();
+    let gap = 8 << 20..9 << 20;
+    partial.write_at(0, data[..gap.start].to_vec().into()).unwrap();
+    partial.write_at(gap.end as u64, data[gap.end..].to_vec().into()).unwrap();
+    partial.sync().unwrap();
+    drop(partial);
+    world.pull_well("m").await;
+    assert_eq!(asked(&server), gap.len());
+}
