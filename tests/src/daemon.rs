@@ -43,10 +43,11 @@ impl<'a> Daemon<'a> {
         let errors = File::create(log_file(home)).expect("a writable folder");
         let mut child = command.stdout(Stdio::null()).stderr(errors).spawn().expect("v4 starts");
         let unix = Address::unix(&home.socket());
-        // It has ended, or it accepts connections.
+        // It has ended, or it answers. A connection is not enough: what a killed daemon was about
+        // to start may hold its socket for a moment.
         let is_ready = until("the daemon's start", || {
             let ended = child.try_wait().expect("a child can be asked");
-            ended.map(|_| false).or_else(|| unix.connect().is_ok().then_some(true))
+            ended.map(|_| false).or_else(|| unix.answers().then_some(true))
         });
         if !is_ready {
             return None;

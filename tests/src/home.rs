@@ -165,6 +165,31 @@ impl Home {
     }
 }
 
+/// A model file of `len` bytes whose one tensor is noise, of an architecture that nothing runs.
+pub fn noise(len: usize) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let mut file = b"GGUF\x03\0\0\0".to_vec();
+    file.extend([1_u64, 1].map(u64::to_le_bytes).concat());
+    file.extend(text("general.architecture"));
+    file.extend(8_u32.to_le_bytes());
+    file.extend([text("noise"), text("noise")].concat());
+    file.extend(1_u32.to_le_bytes());
+    // What follows: the length of the tensor, its type (F32) and its place; 20 bytes.
+    let start = (file.len() + 20).next_multiple_of(32);
+    file.extend(((len - start) as u64 / 4).to_le_bytes());
+    file.extend([0; 12]);
+    file.resize(start, 0);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    while file.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        file.extend(state.to_le_bytes());
+    }
+    file.truncate(len);
+    file
+}
+
 /// The digest of bytes.
 pub fn digest(bytes: &[u8]) -> Digest {
     Digest::from_bytes(Sha256::digest(bytes).into())

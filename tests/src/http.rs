@@ -62,6 +62,10 @@ impl Address {
     }
 
     fn open_for(&self, deadline: Duration, method: &str, path: &str, body: &[u8]) -> Stream {
+        Stream::read(self.send(deadline, method, path, body), method)
+    }
+
+    fn send(&self, deadline: Duration, method: &str, path: &str, body: &[u8]) -> Wire {
         let mut wire = self.connect_for(deadline).expect("the server accepts connections");
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
@@ -70,7 +74,21 @@ impl Address {
         );
         // A server may refuse and close before it has read all of a long body.
         let _ = wire.write_all(head.as_bytes()).and_then(|()| wire.write_all(body));
-        Stream::read(wire, method)
+        wire
+    }
+
+    /// Whether somebody is there who answers.
+    pub fn answers(&self) -> bool {
+        let head = "HEAD /api/version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        self.connect().is_ok_and(|mut wire| {
+            let sent = wire.write_all(head.as_bytes());
+            sent.is_ok() && wire.read(&mut [0; 16]).is_ok_and(|n| n > 0)
+        })
+    }
+
+    /// Sends a request and does not wait for an answer.
+    pub fn open_only(&self, method: &str, path: &str, body: &[u8]) -> Wire {
+        self.send(DEADLINE, method, path, body)
     }
 
     /// GET.

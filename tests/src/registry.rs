@@ -99,6 +99,53 @@ impl Registry {
     }
 }
 
+/// The repository of [`OneModel`].
+const REPOSITORY: &str = "me/noise";
+
+/// A registry of one model.
+pub struct OneModel {
+    registry: Registry,
+    weights: Digest,
+    size: usize,
+}
+
+impl OneModel {
+    /// Serves a model of these weights on a free port.
+    pub fn new(weights: &[u8]) -> Self {
+        let registry = Registry::new();
+        let layer = ("application/vnd.ollama.image.model", None, weights);
+        let digests = registry.offer(REPOSITORY, &[layer]);
+        Self { registry, weights: digests[0], size: weights.len() }
+    }
+
+    /// The model's name.
+    pub fn name(&self) -> String {
+        format!("{}/{REPOSITORY}", self.registry.host())
+    }
+
+    /// The digest of the weights.
+    pub fn weights(&self) -> Digest {
+        self.weights
+    }
+
+    /// Bytes of the weights that were asked for since the last call, those asked for twice once.
+    pub fn take_asked(&self) -> usize {
+        let blob = format!("GET /v2/{REPOSITORY}/blobs/{} ", self.weights);
+        let asked = self.registry.take_asked();
+        let ranges = asked.iter().filter_map(|line| line.strip_prefix(&blob));
+        let whole = (0, self.size);
+        let mut parts: Vec<(usize, usize)> =
+            ranges.map(|range| bounds(range, self.size).unwrap_or(whole)).collect();
+        parts.sort_unstable();
+        let mut reach = 0;
+        parts.iter().fold(0, |sum, &(start, end)| {
+            let new = end.saturating_sub(start.max(reach));
+            reach = reach.max(end);
+            sum + new
+        })
+    }
+}
+
 fn described(media_type: &str, bytes: &[u8]) -> Value {
     json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()})
 }

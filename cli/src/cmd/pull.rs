@@ -34,6 +34,9 @@ pub struct Args {
     /// Let the daemon go on alone; `v4 pulls` shows it
     #[arg(long)]
     detach: bool,
+    /// Another v4 that may have it, as http://HOST:PORT; may be said more than once
+    #[arg(long = "peer", value_name = "URL")]
+    peers: Vec<String>,
     /// Talk plain HTTP to a registry that is not on this machine
     #[arg(long)]
     insecure: bool,
@@ -56,6 +59,7 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
                 "locked": digest,
                 "limit_rate": args.limit_rate,
                 "insecure": args.insecure,
+                "peers": args.peers,
                 "detach": args.detach,
                 "stream": !args.detach,
             });

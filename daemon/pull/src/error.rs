@@ -67,7 +67,8 @@ pub enum PullError {
     /// A registry wants to know who asks.
     #[error(
         "{host} refuses access to '{name}'; if it is private, log in with `docker login {host}` or \
-         point V4_AUTH_FILE at a file that it wrote"
+         point V4_AUTH_FILE at a file that it wrote (Ollama's registry wants the key \
+         ~/.ollama/id_ed25519 that its website knows)"
     )]
     Denied {
         /// The name.
@@ -107,6 +108,27 @@ pub enum PullError {
         /// The manifest that it is.
         actual: Digest,
     },
+    /// A name that must be signed and is not.
+    #[error(
+        "'{name}' has {what}, and the policy asks for a right one; nothing was changed: ask whoever \
+         offers it, or change the policy"
+    )]
+    Unsigned {
+        /// The name.
+        name: String,
+        /// What it has instead of a right signature.
+        what: String,
+    },
+    /// A policy, or a key that it names, cannot be used.
+    #[error(
+        "the policy's file {path} {what}; mend it, or unset V4_POLICY to ask for no signatures"
+    )]
+    Policy {
+        /// Which file.
+        path: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// An answer that breaks the protocol.
     #[error("{url} sent {what}")]
     Answer {
@@ -122,7 +144,7 @@ pub enum PullError {
         url: String,
     },
     /// A source gave other bytes than those that were asked for.
-    #[error("{location} is not what it must be: {source}")]
+    #[error("{location} is not what it must be: {source}; nothing of it was kept: pull again")]
     Wrong {
         /// Which source.
         location: String,
@@ -170,7 +192,7 @@ impl PullError {
     pub fn fault(&self) -> Fault {
         let code = match self {
             Self::Store(error) => return error.fault(),
-            Self::Location { .. } => Code::Invalid,
+            Self::Location { .. } | Self::Policy { .. } => Code::Invalid,
             Self::Unreachable { .. }
             | Self::Client { .. }
             | Self::Broken { .. }
@@ -182,7 +204,7 @@ impl PullError {
             | Self::Answer { .. }
             | Self::Changed { .. }
             | Self::Package { .. } => Code::Upstream,
-            Self::Wrong { .. } | Self::Locked { .. } => Code::Corrupt,
+            Self::Wrong { .. } | Self::Locked { .. } | Self::Unsigned { .. } => Code::Corrupt,
             Self::File { .. } => Code::Disk,
             Self::NoSource(_) | Self::Unknown { .. } => Code::NotFound,
             Self::Writer => Code::Internal,
@@ -194,7 +216,7 @@ impl PullError {
     pub(crate) fn is_ours(&self) -> bool {
         match self {
             Self::Store(error) => !is_wrong(error),
-            Self::Client { .. } | Self::Writer => true,
+            Self::Client { .. } | Self::Writer | Self::Policy { .. } => true,
             _ => false,
         }
     }

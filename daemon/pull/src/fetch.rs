@@ -23,8 +23,9 @@ use crate::{
     pace::Pace,
     plan::{self, Step},
     progress::{FileProgress, Progress, Stage},
-    recipe::{Location, Recipe, RecipeFile},
-    source::{self, Net, Place},
+    recipe::{Location, Part, PeerBlob, Recipe, RecipeFile},
+    source::{self, Net, Place, Target},
+    team,
     write::{Meter, Sink, Turn, Writer, blocking},
 };
 
@@ -100,7 +101,7 @@ impl Fetcher {
             }
             progress.send_modify(|progress| progress.stage = Stage::File(i));
             let meter = Meter::new(progress, [&self.pace, job.pace], i);
-            let (one, archives) = self.file(file, meter).await.map_err(|e| e.fault())?;
+            let (one, archives) = self.file(file, job.peers, meter).await.map_err(|e| e.fault())?;
             got.push(one);
             staged.extend(archives);
             progress.send_modify(|progress| {
@@ -171,11 +172,12 @@ impl Fetcher {
         .await
     }
 
-    /// Fetches one file from the first source that has it. Gives back the keys of the archives that
-    /// were staged for it, too.
+    /// Fetches one file from the first source that has it, a large one from all that have it. Gives
+    /// back the keys of the archives that were staged for it, too.
     async fn file(
         &self,
         file: &RecipeFile,
+        peers: &[String],
         meter: Meter<'_>,
     ) -> Result<(Got, Vec<String>), PullError> {
         let key = key(file);
@@ -197,9 +199,25 @@ impl Fetcher {
                 return Ok((Got { digest, size }, Vec::new()));
             }
         }
-        let order = plan::order(&file.sources, |location| self.net.is_unreachable(location));
+        let sources = self.sources(file, peers);
+        let order = plan::order(&sources, |location| self.net.is_unreachable(location));
         let mut failed: Option<PullError> = None;
+        if let (Some(digest), Some(size)) = (file.digest, file.size) {
+            let job =
+                team::Job { fetcher: self, digest, size, key: &key, turn: &turn, meter: &meter };
+            match self.together(&job, &order).await {
+                Some(Ok(())) => return Ok((Got { digest, size }, Vec::new())),
+                Some(Err(error)) if error.is_ours() => return Err(error),
+                Some(Err(error)) => failed = Some(error),
+                None => {}
+            }
+        }
+        // Who brought wrong bytes together with others was asked until nobody was left.
+        let is_out = matches!(failed, Some(PullError::Wrong { .. }));
         for location in order {
+            if is_out && self.is_one_url(location) {
+                continue;
+            }
             let mut outcome = self.from(location, file, &key, &turn, &meter).await;
             if matches!(outcome, Err(PullError::Wrong { was_resumed: true, .. })) {
                 // What was here may have come from elsewhere. It is gone now: once more from 0.
@@ -217,6 +235,47 @@ impl Fetcher {
             }
         }
         Err(failed.unwrap_or(PullError::NoSource(key)))
+    }
+
+    /// Where a file may come from: peers first, which are near.
+    fn sources(&self, file: &RecipeFile, peers: &[String]) -> Vec<Location> {
+        let all = peers.iter().chain(&self.net.config.peers);
+        let at = |(base, digest): (&String, Digest)| Part::Peer(PeerBlob::new(base, digest)).into();
+        let near =
+            file.digest.into_iter().flat_map(|digest| all.clone().map(move |it| (it, digest)));
+        near.map(at).chain(file.sources.iter().cloned()).collect()
+    }
+
+    /// Whether a place is one URL that has the whole.
+    fn is_one_url(&self, location: &Location) -> bool {
+        matches!(location.parts(), [part] if Target::of(&self.net, part).is_some())
+    }
+
+    /// Fetches a large file from all places that have it whole under one URL, where there are
+    /// several, or where a chain tells which part of it is wrong.
+    async fn together(
+        &self,
+        job: &team::Job<'_>,
+        order: &[&Location],
+    ) -> Option<Result<(), PullError>> {
+        let places = order.iter().copied().filter(|place| self.is_one_url(place));
+        let places: Vec<Location> = places.cloned().collect();
+        let (store, key) = (Arc::clone(&self.store), job.key.to_owned());
+        let (digest, size) = (job.digest, job.size);
+        let looked = blocking(move || {
+            let missing = size.saturating_sub(store.partial_bytes(&key)?);
+            Ok((missing, store.chain(&digest, size)?.is_some()))
+        });
+        match looked.await {
+            Ok((missing, has_chain)) => {
+                let is_large = missing >= limits::RANGES_FROM_BYTES && places.len() > 1;
+                if !is_large && (!has_chain || places.is_empty()) {
+                    return None;
+                }
+                Some(team::fetch(job, places).await)
+            }
+            Err(error) => Some(Err(error)),
+        }
     }
 
     /// Fetches one file from one source and commits it. The archives it came out of stay.
@@ -417,6 +476,7 @@ fn note_origin(store: &Store, recipe: &Recipe, got: &[Got], manifest: &Digest) {
         "from": recipe.origin.from,
         "revision": recipe.origin.revision,
         "license": recipe.origin.license,
+        "signed_with": recipe.origin.signature,
         "pulled_at": since.as_secs(),
         "files": recipe.files.iter().zip(got).map(file).collect::<Vec<_>>(),
     });
@@ -432,6 +492,8 @@ pub(crate) struct Watched<'a> {
     pub pace: &'a Pace,
     /// What the manifest must be.
     pub locked: Option<Digest>,
+    /// Other v4 that may have the files.
+    pub peers: &'a [String],
 }
 
 /// The files of a job that begins, or goes on: what was told of it before stays true.
@@ -463,7 +525,10 @@ fn room(store: &Store, recipe: &Recipe, steps: &[Step]) -> Result<(), StoreError
 }
 
 /// Removes what holds nothing. A partial that failed has been told of already.
-async fn discard_empty(partial: Result<Partial, PullError>, turn: &Turn) -> Result<(), PullError> {
+pub(crate) async fn discard_empty(
+    partial: Result<Partial, PullError>,
+    turn: &Turn,
+) -> Result<(), PullError> {
     let Some(partial) = partial.ok().filter(|partial| partial.here().total() == 0) else {
         return Ok(());
     };

@@ -69,6 +69,12 @@ pub struct PullConfig {
     pub hf_token: Option<String>,
     /// Credentials for registries, as `docker login` writes them.
     pub auth_file: Option<PathBuf>,
+    /// The key that a user of Ollama's registry signs with, for pushes to it.
+    pub ollama_key: Option<PathBuf>,
+    /// Which names of registries must be signed, and with which keys.
+    pub policy: Option<PathBuf>,
+    /// Other v4 on the network that are asked for blobs by digest: `http(s)://[KEY@]HOST[:PORT]`.
+    pub peers: Vec<String>,
     /// Bytes a second of all pulls together; `None` is as fast as they come.
     pub rate: Option<NonZeroU64>,
     /// To connect.
@@ -93,6 +99,9 @@ impl Default for PullConfig {
             hf_endpoint: "https://huggingface.co".to_owned(),
             hf_token: None,
             auth_file: None,
+            ollama_key: None,
+            policy: None,
+            peers: Vec::new(),
             rate: None,
             connect_timeout: limits::CONNECT_TIMEOUT,
             stall_timeout: limits::STALL_TIMEOUT,
@@ -131,6 +140,8 @@ pub struct Wish {
     pub rate: Option<NonZeroU64>,
     /// The branch, tag or commit of a repository; not said is `main`.
     pub revision: Option<String>,
+    /// Other v4 that are asked for its blobs too, beside those of [`PullConfig::peers`].
+    pub peers: Vec<String>,
     /// The manifest that it must be; anything else is refused before the name changes.
     pub locked: Option<Digest>,
 }
@@ -192,8 +203,9 @@ impl Jobs {
     ///
     /// # Errors
     /// [`Code::NotFound`] for a name that neither the library nor any registry can know;
-    /// [`Code::Overloaded`] when too many pulls run.
+    /// [`Code::Overloaded`] when too many pulls run; [`Code::Invalid`] for a peer that is no URL.
     pub fn pull(&self, name: &ModelName, wish: Wish) -> Result<Watch, Fault> {
+        wish.peers.iter().try_for_each(|peer| source::peer::check(peer))?;
         let mut running = self.0.running();
         if let Some(job) = running.get(name) {
             job.control.send_modify(|control| control.is_detached |= wish.is_detached);
@@ -409,7 +421,8 @@ impl Slot {
             },
         };
         let (progress, pace) = (&self.job.sender, &self.job.pace);
-        let job = Watched { progress, pace, locked: wish.locked };
+        let (locked, peers) = (wish.locked, &wish.peers[..]);
+        let job = Watched { progress, pace, locked, peers };
         self.shared.fetcher.make(recipe, job).await
     }
 

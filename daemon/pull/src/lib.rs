@@ -20,7 +20,9 @@ mod plan;
 mod progress;
 mod push;
 mod recipe;
+mod signature;
 mod source;
+mod team;
 mod write;
 
 pub use error::PullError;
@@ -28,4 +30,4 @@ pub use jobs::{
     Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Upstream, Watch, Wish,
 };
 pub use progress::{FileProgress, Progress, Stage};
-pub use recipe::{Location, Origin, Part, Recipe, RecipeFile, RegistryBlob};
+pub use recipe::{Location, Origin, Part, PeerBlob, Recipe, RecipeFile, RegistryBlob};

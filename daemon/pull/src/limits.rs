@@ -50,6 +50,14 @@ pub const TREE_PAGES: usize = 50;
 pub const TOKEN_BYTES: usize = 1 << 20;
 /// Bytes of a file of credentials.
 pub const AUTH_FILE_BYTES: usize = 1 << 20;
+/// Bytes of a policy, and of a public key's file.
+pub const POLICY_BYTES: usize = 1 << 20;
+/// Bytes of what a signature signs; real ones have some 250.
+pub const PAYLOAD_BYTES: usize = 64 << 10;
+/// Signatures of a manifest that are looked at.
+pub const SIGNATURES: usize = 32;
+/// Bytes of a private key's file; real ones have some 400.
+pub const KEY_BYTES: usize = 16 << 10;
 /// Repositories whose tokens are kept.
 pub const SESSIONS: usize = 256;
 /// Time between two looks at a full disk that a pull waits for.

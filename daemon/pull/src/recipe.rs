@@ -35,6 +35,8 @@ pub struct Origin {
     pub revision: Option<String>,
     /// The licence, where somebody said which.
     pub license: Option<String>,
+    /// The file of the public key that its signature was held against.
+    pub signature: Option<String>,
 }
 
 /// One file of a recipe.
@@ -60,7 +62,7 @@ impl RecipeFile {
             Part::Http { url } => url.split(['?', '#']).next()?,
             Part::Pypi { member, .. } => member,
             Part::File { path } => path,
-            Part::Registry(_) => return None,
+            Part::Registry(_) | Part::Peer(_) => return None,
         };
         path.rsplit('/').next().filter(|name| !name.is_empty())
     }
@@ -102,11 +104,22 @@ pub enum Part {
     },
     /// A blob of a registry: `oci:[http://]HOST/REPOSITORY@DIGEST`.
     Registry(RegistryBlob),
+    /// A blob of another v4 on the network. No recipe names one.
+    Peer(PeerBlob),
     /// A local file: `file:/PATH`.
     File {
         /// The absolute path.
         path: String,
     },
+}
+
+/// A blob of another v4.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerBlob {
+    /// Scheme, a key with `@` behind it where one is needed, host and port.
+    pub base: String,
+    /// Which blob.
+    pub digest: Digest,
 }
 
 /// A blob of a registry that speaks the distribution protocol.
@@ -157,6 +170,7 @@ impl fmt::Display for Part {
             }
             Self::Http { url } => f.write_str(&shown(url)),
             Self::Registry(blob) => write!(f, "{blob}"),
+            Self::Peer(blob) => write!(f, "peer:{}@{}", shown(&blob.base), blob.digest),
             Self::File { path } => write!(f, "file:{path}"),
         }
     }

@@ -57,11 +57,19 @@ impl Writer {
         let turn = Arc::clone(turn);
         let opened =
             blocking(move || Ok(Held { partial: store.partial(&key, Some(size))?, _turn: turn }));
-        let held = opened.await?;
+        Ok(Self::over(opened.await?, size))
+    }
+
+    /// Goes on with a partial that is open.
+    pub fn again(partial: Partial, size: u64, turn: &Turn) -> Self {
+        Self::over(Held { partial, _turn: Arc::clone(turn) }, size)
+    }
+
+    fn over(held: Held, size: u64) -> Self {
         let here = Mutex::new(held.partial.here().clone());
         let (sender, receiver) = mpsc::channel(limits::PIECES);
         let thread = spawn_blocking(move || write_all(held, receiver));
-        Ok(Self { sender, thread, here, size })
+        Self { sender, thread, here, size }
     }
 
     fn here(&self) -> MutexGuard<'_, Ranges> {
@@ -71,6 +79,11 @@ impl Writer {
     /// Bytes from the start without a gap.
     pub fn offset(&self) -> u64 {
         self.here().reach(0)
+    }
+
+    /// The bytes that are here.
+    pub fn ranges(&self) -> Ranges {
+        self.here().clone()
     }
 
     /// Bytes in all.

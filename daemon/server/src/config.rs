@@ -80,6 +80,17 @@ pub struct Config {
     /// Credentials for registries (`V4_AUTH_FILE`): a file that `docker login` wrote; not set is
     /// `~/.docker/config.json`.
     pub auth_file: Option<PathBuf>,
+    /// The key that signs pushes to Ollama's registry (`V4_OLLAMA_KEY`); not set is
+    /// `~/.ollama/id_ed25519`.
+    pub ollama_key: Option<PathBuf>,
+    /// Which names of registries must be signed, and with which keys (`V4_POLICY`): a file with
+    /// lines such as `ghcr.io/me/* require me.pem`; modes are `off`, `warn` and `require`, and
+    /// signatures are those of cosign.
+    pub policy: Option<PathBuf>,
+    /// Other v4 on the network that are asked for blobs by digest, beside a model's own sources
+    /// (`V4_PEERS`): addresses such as `http://10.0.0.2:11434` with commas between them, and `KEY@`
+    /// before the host where one wants a key. Nothing is taken unchecked.
+    pub peers: Vec<String>,
     /// Bytes a second that all pulls together may take (`V4_LIMIT_RATE`), with K, M or G behind the
     /// number; not set is as fast as they come.
     pub limit_rate: Option<NonZeroU64>,
@@ -166,6 +177,12 @@ impl Config {
                 Some(path) => Some(absolute(path.into())?),
                 None => text("HOME").map(|home| PathBuf::from(home).join(".docker/config.json")),
             },
+            ollama_key: match text("V4_OLLAMA_KEY") {
+                Some(path) => Some(absolute(path.into())?),
+                None => text("HOME").map(|home| PathBuf::from(home).join(".ollama/id_ed25519")),
+            },
+            policy: text("V4_POLICY").map(|path| absolute(path.into())).transpose()?,
+            peers: text("V4_PEERS").map(peers).transpose()?.unwrap_or_default(),
             limit_rate: text("V4_LIMIT_RATE").map(limit_rate).transpose()?.flatten(),
             quota: text("V4_QUOTA").map(quota).transpose()?,
             quota_evict: switch("V4_QUOTA_EVICT", text("V4_QUOTA_EVICT"), false)?,
@@ -276,20 +293,34 @@ fn registries(value: String) -> Result<Vec<String>, Error> {
     if value == "off" {
         return Ok(Vec::new());
     }
+    urls(&value).ok_or(Error::Setting {
+        setting: "V4_REGISTRY",
+        value,
+        expected: "URLs such as https://registry.ollama.ai with commas between them, or off",
+    })
+}
+
+fn peers(value: String) -> Result<Vec<String>, Error> {
+    let hosts = urls(&value);
+    let hosts = hosts.filter(|hosts| hosts.iter().all(|url| url.matches('/').count() == 2));
+    // A key before an `@` is not said.
+    let value = if value.contains('@') { "…".to_owned() } else { value };
+    hosts.ok_or(Error::Setting {
+        setting: "V4_PEERS",
+        value,
+        expected: "addresses such as http://10.0.0.2:11434 with commas between them",
+    })
+}
+
+/// URLs with commas between them.
+fn urls(value: &str) -> Option<Vec<String>> {
     let urls: Vec<String> =
         value.split(',').map(|url| url.trim().trim_end_matches('/').to_owned()).collect();
     let is_url = |url: &String| {
         let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
         rest.is_some_and(|host| !host.is_empty() && !host.contains(char::is_whitespace))
     };
-    if urls.iter().all(is_url) {
-        return Ok(urls);
-    }
-    Err(Error::Setting {
-        setting: "V4_REGISTRY",
-        value,
-        expected: "URLs such as https://registry.ollama.ai with commas between them, or off",
-    })
+    urls.iter().all(is_url).then_some(urls)
 }
 
 /// Bytes, with K, M, G or T (powers of 1024) behind the number.
@@ -357,6 +388,9 @@ mod tests {
             ("HF_ENDPOINT", "http://hub"),
             ("HF_TOKEN", "t"),
             ("V4_AUTH_FILE", "/a"),
+            ("V4_OLLAMA_KEY", "/k"),
+            ("V4_POLICY", "/p"),
+            ("V4_PEERS", "http://10.0.0.2:11434, https://key@box/"),
             ("V4_LIMIT_RATE", "2M"),
             ("V4_QUOTA", "200G"),
             ("V4_QUOTA_EVICT", "on"),
@@ -384,6 +418,9 @@ mod tests {
             hf_endpoint: Some("http://hub".to_owned()),
             hf_token: Some("t".to_owned()),
             auth_file: Some("/a".into()),
+            ollama_key: Some("/k".into()),
+            policy: Some("/p".into()),
+            peers: vec!["http://10.0.0.2:11434".to_owned(), "https://key@box".to_owned()],
             limit_rate: NonZeroU64::new(2 << 20),
             quota: Some(200 << 30),
             quota_evict: true,
@@ -444,6 +481,8 @@ mod tests {
             ("V4_KV_DISK", "no"),
             ("V4_TRUNCATE", "never"),
             ("V4_REGISTRY", "registry.ollama.ai"),
+            ("V4_PEERS", "10.0.0.2:11434"),
+            ("V4_PEERS", "http://10.0.0.2:11434/path"),
             ("V4_LIMIT_RATE", "fast"),
             ("V4_LOG", "loud"),
         ] {

@@ -127,6 +127,9 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     }
     pull.hf_token.clone_from(&config.hf_token);
     pull.auth_file.clone_from(&config.auth_file);
+    pull.ollama_key.clone_from(&config.ollama_key);
+    pull.policy.clone_from(&config.policy);
+    pull.peers.clone_from(&config.peers);
     pull.rate = config.limit_rate;
     let headers = Arc::new(catalog::Headers(supervisor.clone()));
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);

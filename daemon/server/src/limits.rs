@@ -17,6 +17,9 @@ pub const HEADERS: usize = 100;
 /// as a frame to a runner carries.
 pub const BODY_BYTES: usize = 32 << 20;
 
+/// Bytes of a blob that are read at a time to be sent; a client that stalls holds as many.
+pub const SEND_BYTES: u64 = 256 << 10;
+
 /// How deep the JSON of a request may nest. Tool schemas in the wild stay below 20; the parser
 /// itself ends at 128.
 pub const JSON_DEPTH: usize = 96;

@@ -1,5 +1,7 @@
 //! One table: method, path, surface, operation. And the way of a request through it.
 
+mod registry;
+
 use std::{
     panic::AssertUnwindSafe,
     sync::{
@@ -60,6 +62,8 @@ enum Op {
     Push,
     HasBlob,
     PutBlob,
+    Registry,
+    Chain,
     Usage,
     Prune,
     Check,
@@ -83,7 +87,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 29] = [
+static ROUTES: [Route; 32] = [
     route(Method::GET, "/", Surface::Ollama, Op::Alive),
     route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
@@ -99,6 +103,9 @@ static ROUTES: [Route; 29] = [
     route(Method::POST, "/api/copy", Surface::Ollama, Op::Copy),
     route(Method::HEAD, "/api/blobs/{digest}", Surface::Ollama, Op::HasBlob),
     route(Method::POST, "/api/blobs/{digest}", Surface::Ollama, Op::PutBlob),
+    route(Method::GET, "/api/chains/{digest}", Surface::Ollama, Op::Chain),
+    route(Method::GET, "/v2/", Surface::Ollama, Op::Registry),
+    route(Method::GET, "/v2/{*path}", Surface::Ollama, Op::Registry),
     route(Method::GET, "/api/roots", Surface::Ollama, Op::Roots),
     route(Method::POST, "/api/roots", Surface::Ollama, Op::ChangeRoots),
     route(Method::GET, "/api/du", Surface::Ollama, Op::Usage),
@@ -137,6 +144,8 @@ struct Call<B> {
     rest: String,
     /// How urgent its headers say that it is.
     lane: Option<Lane>,
+    /// The part of a blob that is asked for.
+    range: Option<HeaderValue>,
     body: B,
 }
 
@@ -201,13 +210,14 @@ impl Service {
         let Some(&route) = found.value.iter().find(|route| route.method == asked) else {
             return wrong_method(found.value);
         };
-        let rest = found.params.get("model").or(found.params.get("digest"));
+        let rest = ["model", "digest", "path"].iter().find_map(|name| found.params.get(name));
         let rest = rest.unwrap_or_default().to_owned();
         let lane = match lane(request.headers()) {
             Ok(lane) => lane,
             Err(fault) => return refused(route.surface, &fault.into()),
         };
-        let call = Call { id, route, rest, lane, body: request.into_body() };
+        let range = request.headers().get(header::RANGE).cloned();
+        let call = Call { id, route, rest, lane, range, body: request.into_body() };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -249,6 +259,10 @@ impl Service {
                 Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
             }
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
+            (Surface::Ollama, Op::Registry) => {
+                Ok(registry::answer(daemon, &call.rest, call.range.as_ref()).await?)
+            }
+            (Surface::Ollama, Op::Chain) => Ok(registry::chain(daemon, &call.rest).await?),
             (
                 Surface::Ollama,
                 Op::Copy | Op::Create | Op::Import | Op::Push | Op::Delete | Op::Restore | Op::Pin,

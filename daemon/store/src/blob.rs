@@ -295,6 +295,65 @@ impl Partial {
         Ok(())
     }
 
+    /// Forgets some of the bytes, so that they are missing again; the others stay.
+    ///
+    /// # Errors
+    /// [`StoreError::DiskFull`] or [`StoreError::Io`], after which it is to be dropped.
+    pub fn forget(&mut self, ranges: &[Range<u64>]) -> Result<(), StoreError> {
+        let Place { fs, data, journal, .. } = &self.place;
+        let mut here = self.here.clone();
+        for range in ranges {
+            here.remove(range.clone());
+        }
+        // A piece of the journal may hold both, so what stays is read and noted anew.
+        let mut file = fs.open_read(data).map_err(StoreError::io("open", data))?;
+        let mut lines = String::new();
+        for range in here.iter() {
+            let mut start = range.start;
+            while start < range.end {
+                let end = range.end.min(start + limits::NOTE_BYTES);
+                lines +=
+                    &Piece::of(start, &read_range(file.as_mut(), data, start..end)?).to_string();
+                start = end;
+            }
+        }
+        // Cut short here, the partial has less, and nothing that is wrong.
+        cut(self.journal.as_mut(), journal, 0)?;
+        self.journal.write_all(lines.as_bytes()).map_err(StoreError::io("write", journal))?;
+        self.follower = Follower::start(fs, data)?;
+        self.runs.clear();
+        (self.here, self.n_unnoted) = (here, 0);
+        self.follower.reach(self.here.reach(0))
+    }
+
+    /// The parts that are not what a chain says, as ranges. The chain may come from anybody: what
+    /// is said to be wrong may be right where the chain is a lie.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn wrong_parts(
+        &mut self,
+        chain: &Chain,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Vec<Range<u64>>, StoreError> {
+        let Place { fs, data, .. } = &self.place;
+        let mut file = fs.open_read(data).map_err(StoreError::io("open", data))?;
+        let mut wrong = Vec::new();
+        for (i, start) in (0..size).step_by(index(limits::CHUNK_LINK_BYTES)).enumerate() {
+            let range = start..size.min(start + limits::CHUNK_LINK_BYTES);
+            let is_here = self.here.reach(range.start) >= range.end;
+            let is_right = is_here && {
+                let chunk = read_range(file.as_mut(), data, range.clone())?;
+                chain.checks(i, &chunk, size, digest)
+            };
+            if !is_right {
+                wrong.push(range);
+            }
+        }
+        Ok(wrong)
+    }
+
     /// Removes the partial.
     ///
     /// # Errors
@@ -443,6 +502,15 @@ fn read_journal(journal: &mut dyn File, path: &Path) -> Result<Vec<Piece>, Store
             None => return Ok(pieces),
         }
     }
+}
+
+/// The bytes of a range; fewer where the file ends before.
+fn read_range(file: &mut dyn File, path: &Path, range: Range<u64>) -> Result<Vec<u8>, StoreError> {
+    file.seek(SeekFrom::Start(range.start)).map_err(StoreError::io("seek in", path))?;
+    let mut bytes = Vec::with_capacity(index(range.end - range.start));
+    let mut part = file.take(range.end - range.start);
+    part.read_to_end(&mut bytes).map_err(StoreError::io("read", path))?;
+    Ok(bytes)
 }
 
 /// Makes a partial of a blob of which these pieces are true.

@@ -294,7 +294,7 @@ impl Tree {
     }
 
     /// The chain of a blob, where there is one that fits.
-    fn chain(&self, digest: &Digest, size: u64) -> Result<Option<Chain>, StoreError> {
+    pub fn chain(&self, digest: &Digest, size: u64) -> Result<Option<Chain>, StoreError> {
         let path = self.chain_path(digest);
         if self.len(&path)?.is_none() {
             return Ok(None);

@@ -269,6 +269,14 @@ impl Store {
         blob::read_checked(self.tree.fs.as_ref(), &self.blob_path(digest), digest, max_bytes)
     }
 
+    /// What tells the parts of a blob apart, where that is kept: the blob itself need not be here.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn chain(&self, digest: &Digest, size: u64) -> Result<Option<Chain>, StoreError> {
+        self.tree.chain(digest, size)
+    }
+
     /// Stores a small blob.
     ///
     /// # Errors

@@ -24,6 +24,37 @@ impl Ranges {
         self.0.insert(start, end);
     }
 
+    /// Takes a range away.
+    pub fn remove(&mut self, range: Range<u64>) {
+        let Range { start, end } = range;
+        if start >= end {
+            return;
+        }
+        let touched: Vec<(u64, u64)> = self
+            .0
+            .range(..end)
+            .rev()
+            .take_while(|(_, to)| **to > start)
+            .map(|(&from, &to)| (from, to))
+            .collect();
+        for (from, to) in touched {
+            self.0.remove(&from);
+            self.add(from..start.min(to));
+            self.add(end.max(from)..to);
+        }
+    }
+
+    /// The ranges, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.0.iter().map(|(&start, &end)| start..end)
+    }
+
+    /// Whether a byte of a range is here.
+    pub fn has_any(&self, range: Range<u64>) -> bool {
+        self.0.range(..range.end).next_back().is_some_and(|(_, end)| *end > range.start)
+            && range.start < range.end
+    }
+
     /// How far the bytes reach without a gap from `at`; `at` itself where that byte is not here.
     pub fn reach(&self, at: u64) -> u64 {
         let before = self.0.range(..=at).next_back();
@@ -76,6 +107,13 @@ mod tests {
         assert_eq!(ranges.gaps(12..20), []);
         ranges.add(0..60);
         assert_eq!(ranges.0, BTreeMap::from([(0, 60)]));
+        assert!(!ranges.has_any(60..70) && ranges.has_any(59..60) && !ranges.has_any(5..5));
+        ranges.remove(10..20);
+        ranges.remove(15..30);
+        ranges.remove(59..70);
+        assert_eq!(ranges.iter().collect::<Vec<_>>(), [0..10, 30..59]);
+        ranges.remove(0..60);
+        assert_eq!(ranges, Ranges::default());
     }
 
     /// Against a plain list of bytes.
@@ -96,6 +134,12 @@ mod tests {
                 ranges.add(start..end);
                 for at in start..end {
                     bytes[usize::try_from(at).unwrap()] = true;
+                }
+                let start = random(64);
+                let end = (start + random(5)).min(64);
+                ranges.remove(start..end);
+                for at in start..end {
+                    bytes[usize::try_from(at).unwrap()] = false;
                 }
             }
             let count = bytes.iter().filter(|here| **here).count() as u64;

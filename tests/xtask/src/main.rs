@@ -1,4 +1,5 @@
-//! The project's own tasks, in Rust: `cargo xtask ci`, `bench`, `logits`, `bindings`, `golden`.
+//! The project's own tasks, in Rust: `cargo xtask ci`, `bench`, `soak`, `logits`, `bindings`,
+//! `golden`.
 //!
 //! **Owns** what a developer runs by hand and what `.ci/run` calls.
 //!
@@ -21,6 +22,7 @@ mod device;
 mod golden;
 mod kernels;
 mod logits;
+mod soak;
 
 use std::process::ExitCode;
 
@@ -44,6 +46,8 @@ enum Task {
     Bench(bench::Args),
     /// Write the logits of given token ids, to hold the engine against any reference.
     Logits(logits::Args),
+    /// Kill the daemon at random moments and look at what is left.
+    Soak(soak::Args),
     /// Remake kernels-c/src/ffi.rs with bindgen (needs libclang), or compare with --check.
     Bindings(bindings::Args),
     /// Remake the pages that are made from the code, or compare with --check.
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Task::Ci(args) => ci::run(args),
         Task::Bench(args) => bench::run(args),
         Task::Logits(args) => logits::run(args),
+        Task::Soak(args) => soak::run(&args),
         Task::Bindings(args) => bindings::run(args),
         Task::Golden(args) => golden::run(args),
     };

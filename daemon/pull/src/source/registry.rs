@@ -23,31 +23,19 @@ use v4_store::{
 use super::{
     Net, host,
     http::{self, Key, Link},
+    ollama_key::OllamaKey,
 };
 use crate::{
     error::{PullError, shown},
     limits,
     recipe::{Origin, Part, Recipe, RecipeFile, RegistryBlob},
-    write::Sink,
+    signature::{self, Mode},
 };
 
 /// What is taken for a manifest.
 const ACCEPTED: &str = "application/vnd.docker.distribution.manifest.v2+json, \
     application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json";
-
-/// Reads a blob into the sink.
-pub(crate) async fn read(
-    net: &Net,
-    blob: &RegistryBlob,
-    expected: Option<u64>,
-    sink: &Sink<'_>,
-) -> Result<u64, PullError> {
-    let RegistryBlob { base, repository, digest } = blob;
-    let session = net.session(base, repository, "pull");
-    let url = format!("{base}/v2/{repository}/blobs/{digest}");
-    http::read(&Link::new(net, &url, Key::Registry(&session)), expected, sink).await
-}
 
 /// A repository of a registry, found by a name.
 #[derive(Debug, Clone)]
@@ -110,6 +98,7 @@ async fn resolve_at(
     repository: &Repository,
 ) -> Result<Recipe, PullError> {
     let (bytes, url) = manifest(net, name, repository).await?;
+    let signature = signed(net, name, repository, &sha256(&bytes)).await?;
     let wrong = |what: String| PullError::Answer { url: shown(&url), what };
     let manifest =
         Manifest::parse(&bytes).map_err(|error| wrong(format!("no manifest: {error}")))?;
@@ -132,8 +121,69 @@ async fn resolve_at(
     };
     let files = manifest.layers.iter().chain([&manifest.config]).map(file).collect();
     let from = format!("{}/{}:{}", repository.base, repository.path, name.tag());
-    let origin = Origin { from, revision: Some(sha256(&bytes).to_string()), license: None };
+    let revision = Some(sha256(&bytes).to_string());
+    let origin = Origin { from, revision, license: None, signature };
     Ok(Recipe { name: name.clone(), files, texts: Vec::new(), manifest: Some(bytes), origin })
+}
+
+/// Does what the policy asks of a name. Gives the file of the key that signed it, where one did.
+async fn signed(
+    net: &Net,
+    name: &ModelName,
+    repository: &Repository,
+    manifest: &Digest,
+) -> Result<Option<String>, PullError> {
+    let rule = signature::rule(net.config.policy.as_deref(), name)?;
+    let Some(rule) = rule.filter(|rule| rule.mode != Mode::Off) else { return Ok(None) };
+    let keys = rule.keys()?;
+    let what = match signer(net, repository, manifest, &keys).await? {
+        Ok(file) => return Ok(Some(file)),
+        Err(what) => what,
+    };
+    if rule.mode == Mode::Require {
+        return Err(PullError::Unsigned { name: name.to_string(), what });
+    }
+    tracing::warn!(%name, what, "the policy asks for a signature");
+    Ok(None)
+}
+
+/// The file of the key that signed a manifest, or what there is instead.
+async fn signer(
+    net: &Net,
+    repository: &Repository,
+    manifest: &Digest,
+    keys: &[signature::Key],
+) -> Result<Result<String, String>, PullError> {
+    let Repository { base, path } = repository;
+    let session = net.session(base, path, "pull");
+    let ask = async |what: String, max_bytes: usize| {
+        let url = format!("{base}/v2/{path}/{what}");
+        let link = Link::new(net, &url, Key::Registry(&session));
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, HeaderValue::from_static(ACCEPTED));
+        http::read_small(&link, &headers, max_bytes).await.map(|(_, bytes)| bytes)
+    };
+    let tag = format!("manifests/{}", signature::tag(manifest));
+    let bytes = match ask(tag, v4_store::limits::MANIFEST_BYTES).await {
+        Err(PullError::Status { status: 404, .. }) => return Ok(Err("no signature".to_owned())),
+        answer => answer?,
+    };
+    let Ok(signatures) = Manifest::parse(&bytes) else {
+        return Ok(Err("something else where its signature would be".to_owned()));
+    };
+    let mut what = "no signature".to_owned();
+    for (layer, signature) in signature::candidates(&signatures.layers) {
+        let payload = ask(format!("blobs/{}", layer.digest), limits::PAYLOAD_BYTES).await?;
+        if sha256(&payload) != layer.digest {
+            "a signature whose bytes are not what they must be".clone_into(&mut what);
+            continue;
+        }
+        match signature::check(&payload, &signature, manifest, keys) {
+            Ok(file) => return Ok(Ok(file.display().to_string())),
+            Err(why) => what = why,
+        }
+    }
+    Ok(Err(what))
 }
 
 /// The bytes of a name's manifest, and the URL it came from. Of an index, the manifest that is for
@@ -288,6 +338,11 @@ impl Session {
         Ok(false)
     }
 
+    /// Whether a registry is one of those of names without a host: Ollama's, or what stands for it.
+    fn is_ollamas(&self, net: &Net) -> bool {
+        net.config.registries.iter().any(|url| host(url) == host(&self.base))
+    }
+
     /// Asks a token server, with credentials where there are some.
     async fn token(
         &self,
@@ -310,7 +365,12 @@ impl Session {
         if let Some(service) = service {
             url.query_pairs_mut().append_pair("service", &service);
         }
-        let bearer = credentials.and_then(|value| HeaderValue::try_from(value).ok());
+        let mut bearer = credentials.and_then(|value| HeaderValue::try_from(value).ok());
+        if bearer.is_none() && self.is_ollamas(net) && host(realm) == host(&self.base) {
+            // Its users have no password but a key.
+            let key = net.config.ollama_key.as_deref().and_then(OllamaKey::open);
+            bearer = key.and_then(|key| key.sign(&mut url));
+        }
         let key = bearer.as_ref().map_or(Key::None, Key::Bearer);
         let link = Link::new(net, url.as_str(), key);
         let (_, bytes) = http::read_small(&link, &HeaderMap::new(), limits::TOKEN_BYTES).await?;

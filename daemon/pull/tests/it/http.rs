@@ -110,6 +110,38 @@ async fn a_stall_is_noticed_and_gone_on_from() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_drips_is_a_stall_however_often_a_byte_comes() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let file = data.clone();
+    let server = Server::start(move |request| {
+        let end = match request.n {
+            0 => End::Drip,
+            1 => End::DripHead,
+            _ => End::Whole,
+        };
+        Reply::file(request, &file).end(end)
+    });
+    world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    world.pull_well("m").await;
+    server.wait_until_left();
+    assert_eq!(server.requests().len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_wrong_bytes_from_the_only_source_the_next_pull_begins_anew() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let (file, mut wrong) = (data.clone(), data.clone());
+    wrong[5] ^= 1;
+    let server = Server::start(move |request| {
+        Reply::file(request, if request.n == 0 { &wrong } else { &file })
+    });
+    world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    world.pull_badly("m", Code::Corrupt, &["expected was", "pull again"]).await;
+    assert_eq!(world.partials(), 0, "what is wrong would be in the way");
+    world.pull_well("m").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_bytes_are_refused_with_both_digests_and_the_next_source_serves() {
     let (world, data) = (World::new(), bytes(SIZE));
     let mut wrong = data.clone();
@@ -242,13 +274,22 @@ async fn a_lying_length_is_noticed() {
             reply.content_length = Some(SIZE);
             reply
         }
+        // Says half and has all.
+        "/less" => {
+            let mut reply = Reply::new(200, &file[..]);
+            reply.content_length = Some(SIZE / 2);
+            reply
+        }
         // Another length than the recipe's, and the truth.
         "/short" => Reply::new(200, &file[..SIZE / 2]),
         _ => Reply::new(200, [&file[..], b"more"].concat()),
     });
-    for (path, words) in
-        [("half", "broke off"), ("short", "expected were"), ("long", "expected were")]
-    {
+    for (path, words) in [
+        ("half", "broke off"),
+        ("less", "expected were"),
+        ("short", "expected were"),
+        ("long", "expected were"),
+    ] {
         world.recipe(path, &data, &[format!("{}/{path}", server.url())]);
         world.pull_badly(path, Code::Upstream, &[words]).await;
     }

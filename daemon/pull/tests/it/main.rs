@@ -16,4 +16,6 @@ mod pypi;
 mod ranges;
 mod registry;
 mod server;
+mod signature;
+mod team;
 mod world;

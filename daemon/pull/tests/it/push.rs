@@ -17,8 +17,11 @@ use crate::{
     world::{World, bytes, config, name},
 };
 
-/// Where Debian's package `docker-registry` puts it.
-const REGISTRY: &str = "/usr/bin/docker-registry";
+/// Where Debian's package `docker-registry` puts it, and where `.ci/run` unpacks that.
+const REGISTRIES: [&str; 2] = [
+    "/usr/bin/docker-registry",
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/registry/usr/bin/docker-registry"),
+];
 
 /// A real registry on a free port.
 struct Registry {
@@ -31,9 +34,7 @@ impl Registry {
     fn start(folder: &Path) -> Option<Self> {
         use std::io::Write as _;
         use v4_store::fs::Fs as _;
-        if !Path::new(REGISTRY).exists() {
-            return None;
-        }
+        let program = REGISTRIES.iter().find(|path| Path::new(path).exists())?;
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = folder.join("registry.yml");
         let root = folder.join("registry");
@@ -43,7 +44,7 @@ impl Registry {
             root.display()
         );
         RealFs.open(&config).unwrap().write_all(text.as_bytes()).unwrap();
-        let child = Command::new(REGISTRY)
+        let child = Command::new(program)
             .arg("serve")
             .arg(&config)
             .stdout(Stdio::null())
@@ -90,7 +91,9 @@ async fn a_real_registry_takes_a_model_and_gives_it_back() {
         PullConfig { stall_timeout: Duration::from_secs(20), ..config("http://127.0.0.1:1") };
     let world = World::of(patient, Arc::new(RealFs));
     let Some(registry) = Registry::start(world.folder.path()) else {
-        println!("skipped: {REGISTRY} is not installed (Debian's package docker-registry)");
+        println!(
+            "skipped: Debian's package docker-registry is neither installed nor in target/registry"
+        );
         return;
     };
     let weights = bytes(20 << 20);
@@ -155,4 +158,63 @@ async fn a_chunk_that_breaks_off_is_sent_again_from_where_the_registry_is() {
     assert!(matches!(progress.stage, Stage::Done { .. }), "{progress:?}");
     let mib = |from: u64, to: u64| format!("{}-{}", from << 20, (to << 20) - 1);
     assert_eq!(*taken.lock().unwrap(), [mib(0, 8), mib(12, 20)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_to_ollamas_registry_is_opened_by_its_users_key() {
+    use base64::{Engine as _, prelude::BASE64_STANDARD};
+    use ring::signature::{ED25519, UnparsedPublicKey};
+
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("id_ed25519");
+    let mut tool = Command::new("ssh-keygen");
+    let made = tool.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&file).status();
+    if !made.is_ok_and(|status| status.success()) {
+        println!("skipped: ssh-keygen is not installed");
+        return;
+    }
+    let server = Server::start(move |request| {
+        let base = format!("http://{}", request.headers["host"]);
+        let given = request.headers.get("authorization").cloned().unwrap_or_default();
+        if request.path.starts_with("/token?") {
+            // As Ollama's server checks it: the text that was signed is made of the URL.
+            let Some((public, signature)) = given.split_once(':') else {
+                return Reply::new(401, "");
+            };
+            let decode = |text: &str| BASE64_STANDARD.decode(text).unwrap();
+            let nothing = BASE64_STANDARD.encode(sha256(b"").hex());
+            let text = format!("GET,{base}{},{nothing}", request.path);
+            let public = decode(public);
+            let key = UnparsedPublicKey::new(&ED25519, &public[public.len() - 32..]);
+            let is_right = key.verify(text.as_bytes(), &decode(signature)).is_ok();
+            return if is_right {
+                Reply::new(200, "{\"token\":\"open\"}")
+            } else {
+                Reply::new(401, "")
+            };
+        }
+        if given != "Bearer open" {
+            let challenge = format!("Bearer realm=\"{base}/token\",service=\"it\"");
+            return Reply::new(401, "").header("WWW-Authenticate", challenge);
+        }
+        match request.method.as_str() {
+            "HEAD" => Reply::new(404, ""),
+            "POST" | "PATCH" => Reply::new(202, "").header("Location", "/v2/me/tiny/upload"),
+            _ => Reply::new(201, ""),
+        }
+    });
+    let registries = vec![server.url().to_owned()];
+    let with_key = |ollama_key| {
+        let registries = registries.clone();
+        let config = PullConfig { registries, ollama_key, ..config("http://127.0.0.1:1") };
+        World::of(config, Arc::new(RealFs))
+    };
+    let world = with_key(Some(file));
+    stock(&world.store, "me/tiny", &bytes(1000));
+    let progress = push(&world, "me/tiny").await;
+    assert!(matches!(progress.stage, Stage::Done { .. }), "{progress:?}");
+    let world = with_key(None);
+    stock(&world.store, "me/tiny", &bytes(1000));
+    let Stage::Failed(fault) = push(&world, "me/tiny").await.stage else { panic!("it was taken") };
+    assert!(fault.message.contains("id_ed25519"), "{fault}");
 }

@@ -190,3 +190,63 @@ async fn a_pull_is_paused_resumed_listed_and_cancelled() {
     let Stage::Failed(fault) = watch.last().await.stage else { panic!("it went on") };
     assert_eq!(fault.code, Code::Cancelled);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_asks_to_be_left_alone_is() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let file = data.clone();
+    let refused = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let at = Arc::clone(&refused);
+    let server = Server::start(move |request| {
+        at.lock().unwrap().push(std::time::Instant::now());
+        match request.n {
+            3 => Reply::new(429, "").header("Retry-After", "2"),
+            _ => Reply::file(request, &file),
+        }
+    });
+    world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    let began = std::time::Instant::now();
+    world.pull_well("m").await;
+    assert!(began.elapsed() >= Duration::from_secs(2), "{:?}", began.elapsed());
+    // Those that were on their way came; then nobody did for two seconds.
+    let times = refused.lock().unwrap().clone();
+    let longest = times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+    assert!(longest >= Duration::from_millis(1900), "{longest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ranges_that_lie_about_their_length_or_drip_cost_themselves_only() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let file = data.clone();
+    let server = Server::start(move |request| {
+        let mut reply = Reply::file(request, &file);
+        match request.n {
+            1 => reply.content_length = Some(reply.body.len() / 2),
+            2 => reply.content_length = Some(2 * reply.body.len()),
+            3 => reply.end = End::Drip,
+            4 => reply.end = End::DripHead,
+            _ => {}
+        }
+        reply
+    });
+    world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    world.pull_well("m").await;
+    server.wait_until_left();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_in_the_middle_is_all_that_is_asked_for() {
+    let (world, data) = (World::new(), bytes(SIZE));
+    let file = data.clone();
+    let server = Server::start(move |request| Reply::file(request, &file));
+    let digest = world.recipe("m", &data, &[format!("{}/f", server.url())]);
+    let key = format!("sha256-{}", digest.hex());
+    let mut partial = world.store.partial(&key, Some(SIZE as u64)).unwrap();
+    let gap = 8 << 20..9 << 20;
+    partial.write_at(0, data[..gap.start].to_vec().into()).unwrap();
+    partial.write_at(gap.end as u64, data[gap.end..].to_vec().into()).unwrap();
+    partial.sync().unwrap();
+    drop(partial);
+    world.pull_well("m").await;
+    assert_eq!(asked(&server), gap.len());
+}

@@ -46,6 +46,12 @@ pub enum End {
     Stall(usize),
     /// The connection closes without an answer.
     Gone,
+    /// It comes whole, so many bytes each millisecond.
+    Slow(usize),
+    /// A byte comes now and then, so that no wait for one is long.
+    Drip,
+    /// The same from the first byte of the header on.
+    DripHead,
 }
 
 /// An answer.
@@ -199,20 +205,46 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
     for (name, value) in &reply.headers {
         head.extend([*name, ": ", value, "\r\n"]);
     }
-    stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).ok()?;
+    let head = format!("{head}Connection: close\r\n\r\n");
+    if reply.end == End::DripHead {
+        drip(&mut stream, head.as_bytes(), shared)?;
+    }
+    stream.write_all(head.as_bytes()).ok()?;
     let n_sent = match reply.end {
-        End::Whole | End::Gone => reply.body.len(),
         End::Cut(n) | End::Stall(n) => n.min(reply.body.len()),
+        _ => reply.body.len(),
     };
     // Counted before it is sent, so that a client that has it finds it counted.
     shared.seen.lock().unwrap().body_bytes += n_sent;
     let n_sent = if request.method == "HEAD" { 0 } else { n_sent };
-    stream.write_all(&reply.body[..n_sent]).ok()?;
+    match reply.end {
+        End::Slow(n) => {
+            for piece in reply.body.chunks(n) {
+                stream.write_all(piece).ok()?;
+                thread::park_timeout(Duration::from_millis(1));
+            }
+        }
+        End::Drip => drip(&mut stream, &reply.body, shared)?,
+        _ => stream.write_all(&reply.body[..n_sent]).ok()?,
+    }
     if matches!(reply.end, End::Stall(_)) {
         // Ends when the client does.
         let _ = stream.read(&mut [0]);
         shared.seen.lock().unwrap().n_left += 1;
         shared.changed.notify_all();
+    }
+    Some(())
+}
+
+/// Sends a byte every few milliseconds, until the client has had enough.
+fn drip(stream: &mut TcpStream, bytes: &[u8], shared: &Shared) -> Option<()> {
+    for byte in bytes {
+        if stream.write_all(&[*byte]).is_err() {
+            shared.seen.lock().unwrap().n_left += 1;
+            shared.changed.notify_all();
+            return None;
+        }
+        thread::park_timeout(Duration::from_millis(20));
     }
     Some(())
 }

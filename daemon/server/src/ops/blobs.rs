@@ -1,9 +1,18 @@
 //! Blobs that a client brings: the files of a model that is to be made.
 
+use std::{
+    io::{Read as _, Seek as _, SeekFrom},
+    ops::Range,
+};
+
 use bytes::Bytes;
+use futures_util::Stream;
 use tokio::sync::mpsc;
 use v4_proto::{Code, Digest, Fault};
-use v4_store::{Store, StoreError};
+use v4_store::{
+    Lease, Store, StoreError,
+    fs::{File, Fs as _, RealFs},
+};
 
 use crate::{daemon::Daemon, limits};
 
@@ -13,6 +22,61 @@ use crate::{daemon::Daemon, limits};
 /// What the store says.
 pub async fn is_here(daemon: &Daemon, digest: Digest) -> Result<bool, Fault> {
     Ok(daemon.blocking(move |store| store.blob(&digest)).await?.is_some())
+}
+
+/// A blob that is read, and stays while it is.
+pub struct Open {
+    /// Its bytes.
+    pub size: u64,
+    file: Box<dyn File>,
+    _lease: Lease,
+}
+
+/// Opens a blob to be sent; `None` where it is not here. One that is damaged is not sent.
+///
+/// # Errors
+/// `corrupt` for one that is damaged; what the store says.
+pub async fn open(daemon: &Daemon, digest: Digest) -> Result<Option<Open>, Fault> {
+    let lease = daemon.store.lease(&[digest]);
+    let opened = daemon.blocking(move |store| {
+        let Some(size) = store.blob(&digest)? else { return Ok(None) };
+        store.intact(&digest)?;
+        Ok(RealFs.open_read(&store.blob_path(&digest)).ok().map(|file| (size, file)))
+    });
+    Ok(opened.await?.map(|(size, file)| Open { size, file, _lease: lease }))
+}
+
+impl Open {
+    /// The bytes of a range. A file that fails ends it early, which the client sees.
+    pub fn read(self, range: Range<u64>) -> impl Stream<Item = Bytes> + Send {
+        futures_util::stream::unfold((self, range), async |(mut open, range)| {
+            let len = (range.end - range.start).min(limits::SEND_BYTES);
+            if len == 0 {
+                return None;
+            }
+            let read = tokio::task::spawn_blocking(move || {
+                let mut bytes = Vec::new();
+                let file = &mut open.file;
+                file.seek(SeekFrom::Start(range.start)).ok()?;
+                file.take(len).read_to_end(&mut bytes).ok()?;
+                let next = range.start + bytes.len() as u64..range.end;
+                (!bytes.is_empty()).then_some((Bytes::from(bytes), (open, next)))
+            });
+            read.await.ok().flatten()
+        })
+    }
+}
+
+/// What tells the parts of a blob apart, where that is kept.
+///
+/// # Errors
+/// What the store says.
+pub async fn chain(daemon: &Daemon, digest: Digest) -> Result<Option<Vec<u8>>, Fault> {
+    let chain = daemon.blocking(move |store| match store.blob(&digest)? {
+        Some(size) => store.chain(&digest, size),
+        None => Ok(None),
+    });
+    Ok(chain.await?.map(|chain| chain.encode()))
 }
 
 /// Takes a blob as it comes. Dropping the sender before [`Taking::end`] keeps nothing.

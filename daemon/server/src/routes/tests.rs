@@ -659,3 +659,65 @@ async fn pulls_are_listed_and_their_rate_is_set() {
     let answer = post(&fixture, "/api/push", &json!({"model": "nothing"})).await;
     assert_eq!(answer.status, 404);
 }
+
+/// A request for a part.
+async fn part(fixture: &Fixture, path: &str, range: &str) -> Read {
+    let request = Request::builder().uri(path).header(header::HOST, "localhost");
+    let request = request.header(header::RANGE, range).body(Full::new(Bytes::new()));
+    read(fixture.service.respond(request.expect("a request"), true).await).await
+}
+
+#[tokio::test]
+async fn the_daemon_is_a_registry_that_is_only_read() {
+    let fixture = stocked();
+    let version = ask(&fixture, "GET", "/v2/", "").await;
+    assert_eq!((version.status, version.text.as_str()), (200, "{}"));
+    assert_eq!(version.headers["docker-distribution-api-version"], "registry/2.0");
+    let manifest = ask(&fixture, "GET", "/v2/library/m/manifests/latest", "").await;
+    assert_eq!(manifest.status, 200);
+    let digest = v4_store::sha256(manifest.text.as_bytes());
+    assert_eq!(manifest.headers["docker-content-digest"], digest.to_string());
+    assert_eq!(manifest.content_type, manifest.json()["mediaType"]);
+    for missing in ["library/other/manifests/latest", "a/b/c", "x/tags/list"] {
+        let missing = ask(&fixture, "GET", &format!("/v2/{missing}"), "").await;
+        assert_eq!(missing.status, 404, "{}", missing.text);
+        assert!(missing.json()["errors"].is_array());
+    }
+    let layer = &manifest.json()["layers"][2];
+    let path = format!("/v2/any/thing/blobs/{}", layer["digest"].as_str().expect("a digest"));
+    let whole = ask(&fixture, "GET", &path, "").await;
+    assert_eq!((whole.status, whole.text.as_str()), (200, "Be kind."));
+    assert_eq!(whole.headers[header::CONTENT_LENGTH], "8");
+    let some = part(&fixture, &path, "bytes=3-6").await;
+    assert_eq!((some.status, some.text.as_str()), (206, "kind"));
+    assert_eq!(some.headers[header::CONTENT_RANGE], "bytes 3-6/8");
+    let none = part(&fixture, &path, "bytes=8-").await;
+    assert_eq!(
+        (none.status, &none.headers[header::CONTENT_RANGE]),
+        (416, &"bytes */8".parse().unwrap())
+    );
+    let gone = format!("/v2/any/thing/blobs/{}", v4_store::sha256(b"not here"));
+    assert_eq!(ask(&fixture, "GET", &gone, "").await.status, 404);
+    // What is damaged is not sent.
+    let damaged: v4_proto::Digest = layer["digest"].as_str().unwrap().parse().unwrap();
+    let file = fixture.daemon.store.blob_path(&damaged);
+    let fs: &dyn v4_store::fs::Fs = &v4_store::fs::RealFs;
+    fs.set_mode(&file, 0o600).unwrap();
+    std::io::Write::write_all(&mut fs.open(&file).unwrap(), b"Be cruel").unwrap();
+    assert_eq!(ask(&fixture, "GET", &path, "").await.status, 500);
+}
+
+#[tokio::test]
+async fn chains_are_told_of_what_is_here() {
+    let fixture = fixture();
+    let bytes = vec![7; 9 << 20];
+    let digest = v4_store::sha256(&bytes);
+    let path = format!("/api/chains/{digest}");
+    assert_eq!(ask(&fixture, "GET", &path, "").await.status, 404);
+    assert_eq!(ask(&fixture, "GET", "/api/chains/x", "").await.status, 400);
+    assert_eq!(ask(&fixture, "POST", &format!("/api/blobs/{digest}"), bytes).await.status, 201);
+    let request = Request::builder().uri(&path).body(Full::new(Bytes::new())).unwrap();
+    let chain = fixture.service.respond(request, true).await;
+    let chain = chain.into_body().collect().await.expect("a body never fails").to_bytes();
+    assert_eq!(chain.len(), 32, "one whole part of 8 MiB");
+}

@@ -379,6 +379,38 @@ fn a_large_blob_keeps_its_chain_until_it_goes() {
 }
 
 #[test]
+fn a_chain_names_the_wrong_parts_and_they_alone_are_forgotten() {
+    const PART: u64 = 8 << 20;
+    let (_folder, store) = home();
+    let bytes: Vec<u8> = (0..5_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let (size, digest) = (bytes.len() as u64, sha256(&bytes));
+    let mut partial = store.partial("key", Some(size)).unwrap();
+    partial.write(&bytes).unwrap();
+    partial.commit(&digest, size).unwrap();
+    let chain = store.chain(&digest, size).unwrap().unwrap();
+    assert_eq!(store.chain(&digest, size + PART).unwrap(), None, "it is of another length");
+
+    let mut wrong = bytes.clone();
+    wrong[usize::try_from(PART).unwrap() + 77] ^= 1;
+    let mut partial = store.partial("other", Some(size)).unwrap();
+    partial.write(&wrong).unwrap();
+    assert_eq!(partial.digest().unwrap(), sha256(&wrong));
+    let parts = partial.wrong_parts(&chain, &digest, size).unwrap();
+    assert_eq!((parts.len(), &parts[0]), (1, &(PART..2 * PART)));
+    partial.forget(&parts).unwrap();
+    assert_eq!(partial.here().gaps(0..size), parts);
+    drop(partial);
+    // Also after a restart nothing of it comes back.
+    assert_eq!(store.partial_bytes("other").unwrap(), size - PART);
+    let mut partial = store.partial("other", Some(size)).unwrap();
+    assert_eq!(partial.here().gaps(0..size), parts);
+    let part = bytes[usize::try_from(PART).unwrap()..][..8 << 20].to_vec();
+    partial.write_at(PART, part.into()).unwrap();
+    assert_eq!(partial.wrong_parts(&chain, &digest, size).unwrap(), []);
+    partial.commit(&digest, size).unwrap();
+}
+
+#[test]
 fn a_partial_goes_on_across_restarts_to_the_right_blob() {
     let folder = TempDir::new().unwrap();
     let home = folder.path().join("home");

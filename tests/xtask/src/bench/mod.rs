@@ -12,6 +12,7 @@ mod meter;
 mod noise;
 mod peers;
 mod products;
+mod pull;
 mod roofline;
 mod speed;
 mod subject;
@@ -36,6 +37,11 @@ enum Part {
     Load(load::Args),
     /// Compare with the engines of others on the same files in the same run.
     Peers(peers::Args),
+    /// Measure a pull over loopback beside curl and sha256sum.
+    Pull(pull::Args),
+    /// Serve a folder until standard input ends: the other side of `pull`.
+    #[command(hide = true)]
+    Serve(pull::ServeArgs),
     /// Keep one core busy until standard input ends: the other side of `busy`.
     #[command(hide = true)]
     Spin,
@@ -58,6 +64,8 @@ pub fn run(args: Args) -> Result<(), String> {
         Part::Busy(args) => busy::run(&args),
         Part::Load(args) => load::run(&args),
         Part::Peers(args) => peers::run(&args),
+        Part::Pull(args) => pull::run(&args),
+        Part::Serve(args) => pull::serve(args),
         Part::Spin => busy::spin(),
     }
 }

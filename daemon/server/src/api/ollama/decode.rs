@@ -92,6 +92,8 @@ struct Named {
     limit_rate: Option<Value>,
     /// v4's own: the digest of the manifest that a pull must bring.
     locked: Option<String>,
+    /// v4's own: other v4 on the network that may have the blobs.
+    peers: Option<Vec<String>>,
     /// v4's own: `pause`, `resume` or `cancel`.
     action: Option<String>,
 }
@@ -257,6 +259,7 @@ pub fn pull(bytes: &[u8]) -> Result<Pull, Fault> {
         is_plain: body.insecure.unwrap_or(false),
         is_detached: body.detach.unwrap_or(false),
         rate: body.limit_rate.as_ref().map_or(Ok(None), limit_rate)?,
+        peers: body.peers.unwrap_or_default(),
     };
     let text = given.map(str::trim).unwrap_or_default().to_owned();
     let model = Wanted { name: reference.name, text };
