@@ -82,8 +82,8 @@ typedef __m256 load_floats_fn(const void *w, size_t i, size_t n);
 /* FLOAT_COLS columns of FLOAT_TOKENS tokens lie in the first cache beside their sums. */
 enum { FLOAT_TOKENS = 3, FLOAT_COLS = 512 };
 
-/* The first n_cols columns of four rows with the n tokens at x: eight sums a pair, each over every eighth
- * column, added up last. So whatever the tile, a pair's sum is the same. */
+/* The first n_cols columns of four rows with the n tokens at x: eight sums a pair, each over every
+ * eighth column, added up last. So whatever the tile, a pair's sum is the same. */
 ALWAYS_INLINE void float_span(load_floats_fn *load, const char *w, size_t row_bytes, size_t n_rows,
                               const float *x, size_t x_stride, int n, size_t n_cols,
                               __m256 sums[QUAD][FLOAT_TOKENS])

@@ -832,9 +832,9 @@ FLOAT_SLOTS(f16)
 FLOAT_SLOTS(bf16)
 FLOAT_SLOTS(f8_e4m3)
 
-/* A few tokens with up to V4_PANEL_ROWS rows, some columns at a time, so that tokens lie in the first
- * cache. What `ahead` of the tokens at x follows is brought nearer meanwhile: rows of a panel are too
- * few to hide a third cache. */
+/* A few tokens with up to V4_PANEL_ROWS rows, some columns at a time, so that the tokens lie in
+ * the first cache. The `ahead` tokens that follow are brought nearer meanwhile: a panel has too
+ * few rows to hide a third cache. */
 ALWAYS_INLINE void float_panel(const float *w, size_t rows, const float *x, size_t ahead,
                                size_t cols, int n, float *out, size_t out_stride)
 {
@@ -850,7 +850,7 @@ ALWAYS_INLINE void float_panel(const float *w, size_t rows, const float *x, size
         for (size_t r = 0; r < rows; r += FLOAT_ROWS) {
             const size_t share = FLOAT_COLS * FLOAT_ROWS / V4_PANEL_ROWS;
             for (size_t t = 0; t < ahead; t++) {
-                const float *next = x + (size_t)(n + (int)t) * cols + from + r / FLOAT_ROWS * share;
+                const float *next = x + ((size_t)n + t) * cols + from + r / FLOAT_ROWS * share;
                 for (size_t i = 0; i < share; i += LINE) {
                     _mm_prefetch((const char *)(next + i), _MM_HINT_T1);
                 }

@@ -414,7 +414,7 @@ pub trait Device: Send {
     /// Whether products with blocks read floats: [`crate::cpu::CpuOptions::is_exact`].
     fn is_exact(&self) -> bool;
 
-    /// Computes with at most this many threads from now on, where it has any: others need the cores.
+    /// Computes with at most this many threads from now on: others need the cores.
     fn set_threads(&mut self, _threads: usize) {}
 
     /// `len` zeros.

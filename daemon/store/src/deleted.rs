@@ -133,7 +133,8 @@ impl Store {
         if self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?.is_none() {
             return Err(StoreError::ReadOnly { name: Box::new(name) });
         }
-        if let Err(StoreError::Manifest { .. }) = self.tree.read_record(&name) {
+        let now = self.tree.read_record(&name);
+        if let Err(StoreError::Manifest { .. }) = now {
             // It names nothing that could come back, and would protect every blob.
             drop(change);
             return self.remove(&name);
@@ -141,8 +142,10 @@ impl Store {
         let before = self.tree.read_deleted(&name).ok().flatten();
         match self.tree.move_name(&name, "manifests", FOLDER) {
             Ok(()) => {
-                let older = before.map(|record| record.manifest.digests()).unwrap_or_default();
-                self.tree.collect(&older)?;
+                let records = before.into_iter().chain(now.ok().flatten());
+                let digests: Vec<Digest> =
+                    records.flat_map(|record| record.manifest.digests()).collect();
+                self.tree.collect(&digests)?;
                 Ok(true)
             }
             Err(StoreError::DiskFull { .. }) => {

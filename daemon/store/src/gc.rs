@@ -76,7 +76,7 @@ impl Tree {
     /// A manifest that cannot be read may name anything, so then nothing is deleted.
     pub fn collect(&self, candidates: &[Digest]) -> Result<(), StoreError> {
         self.claims.lock().doomed.extend(candidates);
-        let Some(named) = self.named_blobs()? else { return Ok(()) };
+        let Some([named, deleted]) = self.named_blobs()? else { return Ok(()) };
         // Held to the end: a lease taken meanwhile waits, and then finds the blob gone or safe.
         let mut claims = self.claims.lock();
         let free: Vec<Digest> =
@@ -84,6 +84,11 @@ impl Tree {
         let mut outcome = Ok(());
         for digest in free {
             if !named.contains(&digest) {
+                // Who removes a model wants the conversations with it gone, also where the model
+                // could come back.
+                let _ = self.fs.remove_tree(&self.kv_path(&digest));
+            }
+            if !named.contains(&digest) && !deleted.contains(&digest) {
                 let path = self.blob_path(&digest);
                 if let Err(error) = self.fs.remove_file(&path) {
                     outcome = outcome.and(Err(StoreError::io("remove", &path)(error)));
@@ -91,8 +96,6 @@ impl Tree {
                 }
                 // Without its blob it means nothing, and it is small.
                 let _ = self.fs.remove_file(&self.chain_path(&digest));
-                // So do the conversations with it: who removes a model wants them gone.
-                let _ = self.fs.remove_tree(&self.kv_path(&digest));
                 // A row too many is no loss, and on a full disk the index cannot be written.
                 let _ = self.index.remove_blob(&digest);
             }
@@ -117,9 +120,10 @@ impl Tree {
         self.collect(&orphans)
     }
 
-    /// The blobs that manifests name, or `None` when one of them cannot be read.
-    fn named_blobs(&self) -> Result<Option<BTreeSet<Digest>>, StoreError> {
-        let mut named = BTreeSet::new();
+    /// The blobs that manifests name, and those that names which can come back do; `None` when one
+    /// of the former cannot be read.
+    fn named_blobs(&self) -> Result<Option<[BTreeSet<Digest>; 2]>, StoreError> {
+        let (mut named, mut deleted) = (BTreeSet::new(), BTreeSet::new());
         // A root's names need nothing of this home.
         for name in self.names_below(&self.home.join("manifests"))? {
             match self.read_record(&name) {
@@ -131,13 +135,13 @@ impl Tree {
         }
         for name in self.deleted_names()? {
             match self.read_deleted(&name) {
-                Ok(Some(record)) => named.extend(record.manifest.digests()),
+                Ok(Some(record)) => deleted.extend(record.manifest.digests()),
                 // One that cannot be read cannot come back.
                 Ok(None) | Err(StoreError::Manifest { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(Some(named))
+        Ok(Some([named, deleted]))
     }
 
     /// Whether a file was last written longer ago than `age`.

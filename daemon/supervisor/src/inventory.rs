@@ -16,8 +16,8 @@ pub(crate) fn budget_bytes() -> u64 {
     available / 100 * limits::MEMORY_SHARE_PERCENT
 }
 
-/// Physical cores that this process may use, as far as the machine says which share one: two threads
-/// of a core multiply no faster than one.
+/// Physical cores that this process may use, as far as the machine numbers them: two threads of a
+/// core multiply no faster than one.
 pub(crate) fn cores() -> u32 {
     let logical = std::thread::available_parallelism().map_or(1, usize::from);
     let text = read(&RealFs, Path::new("/proc/cpuinfo"));
