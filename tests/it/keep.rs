@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use v4_tests::daemon::Daemon;
-use v4_tests::home::{Home, file_digest};
+use v4_tests::home::{Home, digest, file_digest};
 use v4_tests::process::{Outcome, run, v4};
 use v4_tests::registry::Registry;
 
@@ -79,7 +79,7 @@ fn a_linked_file_that_changes_is_refused() {
     let home = Home::new();
     let daemon = Daemon::start(&home);
     let path = copy(&home, &format!("gguf/{TINY}"), "linked.gguf");
-    let digest = file_digest(Path::new(&path));
+    let linked = file_digest(Path::new(&path));
     let import = run(&mut v4(&home, &["import", "--link", &path, "linked"]), "");
     import.success();
     if !import.stderr.contains("hard-linked: it is your file under a second name") {
@@ -88,7 +88,7 @@ fn a_linked_file_that_changes_is_refused() {
         return;
     }
     let inode = |path: &Path| fs::metadata(path).expect("it").ino();
-    assert_eq!(inode(Path::new(&path)), inode(&home.blob(&digest)));
+    assert_eq!(inode(Path::new(&path)), inode(&home.blob(&linked)));
     assert!(says(&home, "linked").len() > 1);
     run(&mut v4(&home, &["stop", "linked"]), "").success();
     let mut bytes = fs::read(&path).expect("it");
@@ -203,6 +203,9 @@ fn a_quota_refuses_what_is_too_much_or_makes_room() {
     let words = refused.failure(1);
     assert!(words.contains("v4 rm old:latest") && words.contains("V4_QUOTA"), "{words}");
     assert_eq!(registry.take_sent(), 0, "it was refused before the first byte");
+    let path = format!("/api/blobs/{}", digest(&other));
+    let upload = daemon.tcp.request("POST", &path, &other);
+    assert!(upload.error(507).contains("v4 rm old:latest"), "{}", upload.text());
     drop(daemon);
 
     let evicting = [("V4_QUOTA", quota.as_str()), ("V4_QUOTA_EVICT", "on")];

@@ -353,6 +353,10 @@ impl Service {
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
+        // Without a length there is no telling; then the disk says it on the way.
+        if let Some(bytes) = body.size_hint().exact() {
+            blobs::make_room(&self.daemon, bytes).await?;
+        }
         let taking = blobs::take(&self.daemon, digest);
         while let Some(piece) = self.reader.piece(body).await? {
             if !piece.is_empty() && !taking.piece(piece).await {

@@ -40,7 +40,7 @@ use std::{
 pub use adopt::{Adopted, How};
 pub use blob::{Partial, Staged};
 pub use care::{Cost, Damage, Usage};
-pub use error::{ManifestError, StoreError};
+pub use error::{ManifestError, StoreError, human};
 pub use hash::{Chain, sha256};
 pub use index::Opened;
 pub use lease::Lease;

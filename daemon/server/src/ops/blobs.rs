@@ -15,6 +15,18 @@ pub async fn is_here(daemon: &Daemon, digest: Digest) -> Result<bool, Fault> {
     Ok(daemon.blocking(move |store| store.blob(&digest)).await?.is_some())
 }
 
+/// Makes sure that there is room for a blob of so many bytes.
+///
+/// # Errors
+/// `disk`, with what would make room.
+pub async fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), Fault> {
+    let gone = daemon.blocking(move |store| store.make_room(bytes)).await?;
+    if !gone.is_empty() {
+        tracing::info!(names = ?gone, "removed to stay within the quota");
+    }
+    Ok(())
+}
+
 /// Takes a blob as it comes. Dropping the sender before [`Taking::end`] keeps nothing.
 pub struct Taking {
     sender: mpsc::Sender<Bytes>,

@@ -57,12 +57,12 @@ fn inode(path: &Path) -> u64 {
 fn a_file_is_taken_in_and_stays_the_persons() {
     let (folder, store) = home();
     let path = file(&folder, b"weights");
-    let adopted = store.adopt(&path, false).unwrap();
+    let adopted = store.adopt(&path, false, &mut |_, _| {}).unwrap();
     let digest = sha256(b"weights");
     assert_eq!((adopted.digest, adopted.size), (digest, 7));
     assert!(matches!(adopted.how, How::Copied | How::Reflinked), "{:?}", adopted.how);
     assert_ne!(inode(&path), inode(&store.blob_path(&digest)));
-    assert_eq!(store.adopt(&path, true).unwrap().how, How::Here);
+    assert_eq!(store.adopt(&path, true, &mut |_, _| {}).unwrap().how, How::Here);
     // What is written to theirs is not written to ours.
     RealFs.open(&path).unwrap().write_all(b"WEIGHTS").unwrap();
     store.verify(&digest).unwrap();
@@ -82,7 +82,7 @@ fn a_linked_file_that_is_written_is_refused_and_not_touched() {
     let (folder, store) = home();
     let bytes: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
     let path = file(&folder, &bytes);
-    let Ok(adopted) = store.adopt(&path, true) else { panic!("adopted") };
+    let Ok(adopted) = store.adopt(&path, true, &mut |_, _| {}) else { panic!("adopted") };
     if adopted.how != How::Linked {
         println!("skipped: this file system has reflinks, so nothing is linked");
         return;
@@ -109,13 +109,13 @@ fn a_file_that_has_no_room_is_refused_before_it_is_copied() {
     let fs = FaultFs::new(Fault::DiskFull, u64::MAX);
     let store = Store::open_with(&folder.path().join("home"), Arc::new(fs.clone())).unwrap();
     fs.fail_after(50_000);
-    match store.adopt(&path, false) {
+    match store.adopt(&path, false, &mut |_, _| {}) {
         Err(StoreError::Space { needed: 100_000, .. }) => {}
         Ok(adopted) if adopted.how == How::Reflinked => println!("skipped: reflinks need no room"),
         other => panic!("{other:?}"),
     }
-    store.adopt(&folder.path().join("absent"), false).unwrap_err();
-    store.adopt(folder.path(), true).unwrap_err();
+    store.adopt(&folder.path().join("absent"), false, &mut |_, _| {}).unwrap_err();
+    store.adopt(folder.path(), true, &mut |_, _| {}).unwrap_err();
 }
 
 #[test]
