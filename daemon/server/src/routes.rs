@@ -354,9 +354,10 @@ impl Service {
         B: HttpBody<Data = Bytes> + Unpin,
     {
         // Without a length there is no telling; then the disk says it on the way.
-        if let Some(bytes) = body.size_hint().exact() {
-            blobs::make_room(&self.daemon, bytes).await?;
-        }
+        let _room = match body.size_hint().exact() {
+            Some(bytes) => Some(blobs::make_room(&self.daemon, digest, bytes).await?),
+            None => None,
+        };
         let taking = blobs::take(&self.daemon, digest);
         while let Some(piece) = self.reader.piece(body).await? {
             if !piece.is_empty() && !taking.piece(piece).await {

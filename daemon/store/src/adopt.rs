@@ -12,7 +12,7 @@ use bytes::Bytes;
 use v4_proto::Digest;
 
 use crate::{
-    Lease, Store, StoreError, blob,
+    Lease, Need, Store, StoreError, blob,
     fs::{File, Meta},
     hash::{self, Linker},
     limits, sha256,
@@ -73,7 +73,6 @@ impl Store {
                 return Ok(Adopted { digest, size: before.len, how: How::Here, lease });
             }
         }
-        self.make_room(before.len)?;
         self.copy(path, before, told)
     }
 
@@ -138,6 +137,7 @@ impl Store {
         let since = meta.modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let what = format!("{}\n{}\n{since}", path.display(), meta.len);
         let key = format!("import-{}", sha256(what.as_bytes()).hex());
+        let _room = self.make_room(vec![Need { key: key.clone(), size: meta.len }])?;
         let mut partial = self.partial(&key, Some(meta.len))?;
         let fs = self.tree.fs.as_ref();
         let mut file = fs.open_read(path).map_err(StoreError::io("open", path))?;

@@ -45,7 +45,7 @@ pub use hash::{Chain, sha256};
 pub use index::Opened;
 pub use lease::Lease;
 pub use manifest::{Entry, Layer, Manifest, Record, Role};
-pub use quota::Quota;
+pub use quota::{Need, Quota, Room};
 pub use ranges::Ranges;
 pub use roots::{Root, RootKind};
 use v4_proto::{Digest, Inspection, ModelName};

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use v4_proto::{Code, Digest, Fault};
-use v4_store::{Store, StoreError};
+use v4_store::{Need, Room, Store, StoreError};
 
 use crate::{daemon::Daemon, limits};
 
@@ -15,16 +15,22 @@ pub async fn is_here(daemon: &Daemon, digest: Digest) -> Result<bool, Fault> {
     Ok(daemon.blocking(move |store| store.blob(&digest)).await?.is_some())
 }
 
-/// Makes sure that there is room for a blob of so many bytes.
+/// Makes room for a blob of so many bytes.
 ///
 /// # Errors
 /// `disk`, with what would make room.
-pub async fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), Fault> {
-    let gone = daemon.blocking(move |store| store.make_room(bytes)).await?;
-    if !gone.is_empty() {
-        tracing::info!(names = ?gone, "removed to stay within the quota");
+pub async fn make_room(daemon: &Daemon, digest: Digest, size: u64) -> Result<Room, Fault> {
+    let need = Need { key: key(&digest), size };
+    let room = daemon.blocking(move |store| store.make_room(vec![need])).await?;
+    if !room.gone.is_empty() {
+        tracing::info!(names = ?room.gone, "removed to stay within the quota");
     }
-    Ok(())
+    Ok(room)
+}
+
+/// The key of a blob that comes.
+fn key(digest: &Digest) -> String {
+    format!("sha256-{}", digest.hex())
 }
 
 /// Takes a blob as it comes. Dropping the sender before [`Taking::end`] keeps nothing.
@@ -79,7 +85,7 @@ fn write(
     digest: &Digest,
     mut pieces: mpsc::Receiver<Bytes>,
 ) -> Result<(), StoreError> {
-    let mut partial = store.partial(&format!("sha256-{}", digest.hex()), None)?;
+    let mut partial = store.partial(&key(digest), None)?;
     let mut at = 0;
     while let Some(piece) = pieces.blocking_recv() {
         if piece.is_empty() {
