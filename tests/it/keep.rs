@@ -66,6 +66,18 @@ fn a_file_becomes_a_model_and_stays_the_persons() {
     v4(&["import", junk.to_str().expect("a path")]).failure(1);
     assert!(v4(&["import", "/nowhere.gguf"]).failure(1).contains("there is no /nowhere.gguf"));
     assert_eq!(home.blobs(), blobs);
+    // What this build cannot run is kept, and that is said.
+    let mut stranger = fs::read(&path).expect("a file");
+    let key = b"general.architecture";
+    let at = stranger.windows(key.len()).position(|part| part == key).expect("the golden has it");
+    // Behind the key come the number of the type and the length.
+    let at = at + key.len() + 4 + 8;
+    assert_eq!(&stranger[at..at + 5], b"llama");
+    stranger[at..at + 5].copy_from_slice(b"other");
+    fs::write(home.beside().join("stranger.gguf"), stranger).expect("a writable folder");
+    let kept = v4(&["import", home.beside().join("stranger.gguf").to_str().expect("a path")]);
+    kept.success();
+    assert!(kept.stderr.contains("cannot run the architecture other"), "{kept:?}");
     // A name that was not said does not take another model's place.
     home.put_golden("other:q4_0", "llama-f16.gguf");
     let other = copy(&home, &format!("gguf/{TINY}"), "other-Q4_0.gguf");

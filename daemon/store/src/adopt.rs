@@ -96,40 +96,52 @@ impl Store {
         let hashed = self.hash_of(&staging, before.len, told);
         let taken = hashed
             .and_then(|(linker, file)| self.take(path, &staging, (before, how), (&linker, file)));
-        if !taken.as_ref().is_ok_and(|taken| taken.how == how) {
+        if !matches!(&taken, Ok(Some(taken)) if taken.how == how) {
             // Another name of the person's file, or a clone of it, and nothing else.
             let _ = fs.remove_file(&staging);
         }
-        taken.map(Some)
+        taken
     }
 
-    /// Makes a blob of a staged link that was hashed.
+    /// Makes a blob of a staged link that was hashed. `None` where the file is somebody else's, who
+    /// alone may make it read-only.
     fn take(
         &self,
         path: &Path,
         staging: &Path,
         (before, how): (Meta, How),
         (linker, mut file): (&Linker, Box<dyn File>),
-    ) -> Result<Adopted, StoreError> {
+    ) -> Result<Option<Adopted>, StoreError> {
         let fs = self.tree.fs.as_ref();
         let (now, digest) = (self.file_meta(staging)?, linker.digest());
-        if how == How::Linked && (now.len, now.modified) != (before.len, before.modified) {
+        let is_same = |now: Meta| (now.len, now.modified) == (before.len, before.modified);
+        if how == How::Linked && !is_same(now) {
             return Err(StoreError::Moved { path: path.to_path_buf() });
         }
         let lease = self.lease(&[digest]);
         let size = now.len;
         if self.is_whole(&digest, size) {
-            return Ok(Adopted { digest, size, how: How::Here, lease });
+            return Ok(Some(Adopted { digest, size, how: How::Here, lease }));
         }
-        fs.set_mode(staging, blob::BLOB_MODE).map_err(StoreError::io("make read-only", path))?;
+        match fs.set_mode(staging, blob::BLOB_MODE) {
+            Err(_) if how == How::Linked => return Ok(None),
+            outcome => outcome.map_err(StoreError::io("make read-only", path))?,
+        }
         file.sync().map_err(StoreError::io("sync", staging))?;
         let blob = self.tree.blob_path(&digest);
         fs.rename(staging, &blob).map_err(StoreError::io("rename", staging))?;
         let folder = blob.parent().unwrap_or(&blob);
         fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
         self.put_chain(&digest, linker);
-        self.note_intact(&digest);
-        Ok(Adopted { digest, size, how, lease })
+        // Who writes a linked file while it is taken in must not be vouched for: a time that is
+        // still the same says that nobody did, unless it is so young that another write may have it
+        // too. Without a note the blob is hashed again before it is used.
+        let is_old = before.modified.elapsed().is_ok_and(|age| age > limits::SETTLED);
+        let now = self.file_meta(&blob)?;
+        if how == How::Reflinked || is_old && is_same(now) {
+            let _ = self.tree.index.put_stamp(&digest, &now);
+        }
+        Ok(Some(Adopted { digest, size, how, lease }))
     }
 
     /// Copies a file into the blobs, hashing on the way. What is broken off goes on where it was.

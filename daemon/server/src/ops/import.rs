@@ -80,7 +80,7 @@ async fn one(
     let weights = found.files.iter().map(|(_, path)| path.clone()).collect();
     // Before anything is copied: what is no model is refused by whoever can tell.
     let files = ModelFiles { weights, names, ..ModelFiles::default() };
-    daemon.supervisor.inspect(files).await?;
+    let info = daemon.supervisor.inspect(files).await?.info;
     let adopted = adopt(daemon, found, may_link, say).await?;
     // Whoever left need not hear it.
     let _ = say.send(words(&name, &adopted)).await;
@@ -100,6 +100,9 @@ async fn one(
     };
     let manifest = create::create(daemon, make, say).await?;
     note_origin(daemon, found, &adopted, manifest).await;
+    if !info.supported {
+        let _ = say.send(create::cannot_run(&info.arch)).await;
+    }
     Ok(())
 }
 
