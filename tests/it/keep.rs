@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use v4_tests::daemon::Daemon;
-use v4_tests::home::{Home, file_digest};
+use v4_tests::home::{Home, digest, file_digest};
 use v4_tests::process::{Outcome, run, v4};
 use v4_tests::registry::Registry;
 
@@ -66,6 +66,18 @@ fn a_file_becomes_a_model_and_stays_the_persons() {
     v4(&["import", junk.to_str().expect("a path")]).failure(1);
     assert!(v4(&["import", "/nowhere.gguf"]).failure(1).contains("there is no /nowhere.gguf"));
     assert_eq!(home.blobs(), blobs);
+    // What this build cannot run is kept, and that is said.
+    let mut stranger = fs::read(&path).expect("a file");
+    let key = b"general.architecture";
+    let at = stranger.windows(key.len()).position(|part| part == key).expect("the golden has it");
+    // Behind the key come the number of the type and the length.
+    let at = at + key.len() + 4 + 8;
+    assert_eq!(&stranger[at..at + 5], b"llama");
+    stranger[at..at + 5].copy_from_slice(b"other");
+    fs::write(home.beside().join("stranger.gguf"), stranger).expect("a writable folder");
+    let kept = v4(&["import", home.beside().join("stranger.gguf").to_str().expect("a path")]);
+    kept.success();
+    assert!(kept.stderr.contains("cannot run the architecture other"), "{kept:?}");
     // A name that was not said does not take another model's place.
     home.put_golden("other:q4_0", "llama-f16.gguf");
     let other = copy(&home, &format!("gguf/{TINY}"), "other-Q4_0.gguf");
@@ -79,7 +91,7 @@ fn a_linked_file_that_changes_is_refused() {
     let home = Home::new();
     let daemon = Daemon::start(&home);
     let path = copy(&home, &format!("gguf/{TINY}"), "linked.gguf");
-    let digest = file_digest(Path::new(&path));
+    let linked = file_digest(Path::new(&path));
     let import = run(&mut v4(&home, &["import", "--link", &path, "linked"]), "");
     import.success();
     if !import.stderr.contains("hard-linked: it is your file under a second name") {
@@ -88,7 +100,7 @@ fn a_linked_file_that_changes_is_refused() {
         return;
     }
     let inode = |path: &Path| fs::metadata(path).expect("it").ino();
-    assert_eq!(inode(Path::new(&path)), inode(&home.blob(&digest)));
+    assert_eq!(inode(Path::new(&path)), inode(&home.blob(&linked)));
     assert!(says(&home, "linked").len() > 1);
     run(&mut v4(&home, &["stop", "linked"]), "").success();
     let mut bytes = fs::read(&path).expect("it");
@@ -203,6 +215,9 @@ fn a_quota_refuses_what_is_too_much_or_makes_room() {
     let words = refused.failure(1);
     assert!(words.contains("v4 rm old:latest") && words.contains("V4_QUOTA"), "{words}");
     assert_eq!(registry.take_sent(), 0, "it was refused before the first byte");
+    let path = format!("/api/blobs/{}", digest(&other));
+    let upload = daemon.tcp.request("POST", &path, &other);
+    assert!(upload.error(507).contains("v4 rm old:latest"), "{}", upload.text());
     drop(daemon);
 
     let evicting = [("V4_QUOTA", quota.as_str()), ("V4_QUOTA_EVICT", "on")];

@@ -17,8 +17,8 @@ use crate::pulling;
 ///
 /// A name is looked up in the library of v4, then in the registry registry.ollama.ai. With a host
 /// in front, as in ghcr.io/me/model or localhost:5000/me/model, it comes from that registry, and
-/// hf:USER/REPOSITORY[@REVISION][:QUANT] is a repository of Hugging Face. What is broken off goes
-/// on where it was with the next pull.
+/// hf:USER/REPOSITORY[@REVISION][:QUANT] is a repository of Hugging Face; `safetensors` in place of
+/// a quant takes its safetensors. What is broken off goes on where it was with the next pull.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The model, for example smollm2 or gemma3:270m

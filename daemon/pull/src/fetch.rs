@@ -1,7 +1,7 @@
 //! One pull from recipe to manifest: files from their sources, the header read, the name written.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles, ModelName};
 use v4_store::{
-    Layer, Lease, Manifest, Partial, Store, StoreError,
+    Layer, Lease, Manifest, Need, Partial, Room, Store, StoreError,
     manifest::{CONFIG_TYPE, FOLDER_CONFIG_TYPE, FOLDER_WEIGHTS_TYPE, inspection_key},
     sha256,
 };
@@ -65,6 +65,10 @@ struct Got {
     size: u64,
 }
 
+/// What is to be done: a step a file, the manifest's digest when nothing is, and the room for what
+/// is to come.
+type Looked = (Vec<Step>, Option<Digest>, Option<Room>);
+
 impl Fetcher {
     pub fn new(store: Arc<Store>, inspector: Arc<dyn Inspector>, config: PullConfig) -> Self {
         let pace = Pace::new(config.rate);
@@ -86,7 +90,7 @@ impl Fetcher {
         let known: Vec<Digest> =
             recipe.files.iter().filter_map(|file| file.digest).chain(texts).collect();
         let _lease = self.store.lease(&known);
-        let (steps, current) = self.look(recipe).await.map_err(|error| error.fault())?;
+        let (steps, current, _room) = self.look(recipe).await.map_err(|error| error.fault())?;
         progress.send_modify(|progress| begin(&mut progress.files, file_progress(recipe, &steps)));
         if let Some(digest) = current {
             held_to(job.locked, recipe, digest).map_err(|error| error.fault())?;
@@ -128,8 +132,8 @@ impl Fetcher {
         blocking(move || store.free_bytes()).await.is_ok_and(|free| free >= limits::DISK_BYTES)
     }
 
-    /// What is here: a step a file, and the manifest's digest when nothing is to be done.
-    async fn look(&self, recipe: &Recipe) -> Result<(Vec<Step>, Option<Digest>), PullError> {
+    /// What is here.
+    async fn look(&self, recipe: &Recipe) -> Result<Looked, PullError> {
         let (store, recipe) = (Arc::clone(&self.store), recipe.clone());
         blocking(move || {
             let mut sizes = HashMap::new();
@@ -144,14 +148,14 @@ impl Fetcher {
                 Err(error) => return Err(error),
             };
             let Some(record) = record else {
-                return room(&store, &recipe, &steps).map(|()| (steps, None));
+                return room(&store, &recipe, &steps).map(|room| (steps, None, Some(room)));
             };
             for layer in record.manifest.blobs() {
                 if whole(&store, &layer.digest)? != Some(layer.size) {
-                    return Ok((steps, None));
+                    return Ok((steps, None, None));
                 }
             }
-            Ok((steps, Some(record.digest)))
+            Ok((steps, Some(record.digest), None))
         })
         .await
     }
@@ -507,21 +511,17 @@ fn begin(files: &mut Vec<FileProgress>, mut now: Vec<FileProgress>) {
 }
 
 /// Makes sure that there is room for what is missing of all files, before the first byte.
-fn room(store: &Store, recipe: &Recipe, steps: &[Step]) -> Result<(), StoreError> {
-    let mut needed = 0_u64;
-    let mut keys = HashSet::new();
-    for (file, step) in recipe.files.iter().zip(steps) {
-        let key = key(file);
-        let Some(size) = file.size.filter(|_| *step == Step::Fetch) else { continue };
-        if keys.insert(key.clone()) {
-            needed = needed.saturating_add(size.saturating_sub(store.partial_bytes(&key)?));
-        }
+fn room(store: &Store, recipe: &Recipe, steps: &[Step]) -> Result<Room, StoreError> {
+    let need = |(file, step): (&RecipeFile, &Step)| {
+        let size = file.size.filter(|_| *step == Step::Fetch)?;
+        Some(Need { key: key(file), size })
+    };
+    let needs: Vec<Need> = recipe.files.iter().zip(steps).filter_map(need).collect();
+    let room = store.make_room(needs)?;
+    if !room.gone.is_empty() {
+        tracing::info!(names = ?room.gone, "removed to stay within the quota");
     }
-    let gone = store.make_room(needed)?;
-    if !gone.is_empty() {
-        tracing::info!(names = ?gone, "removed to stay within the quota");
-    }
-    Ok(())
+    Ok(room)
 }
 
 /// Removes what holds nothing. A partial that failed has been told of already.

@@ -385,6 +385,11 @@ impl Service {
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
+        // Without a length there is no telling; then the disk says it on the way.
+        let _room = match body.size_hint().exact() {
+            Some(bytes) => Some(blobs::make_room(&self.daemon, digest, bytes).await?),
+            None => None,
+        };
         let taking = blobs::take(&self.daemon, digest);
         while let Some(piece) = self.reader.piece(body).await? {
             if !piece.is_empty() && !taking.piece(piece).await {

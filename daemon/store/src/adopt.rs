@@ -12,8 +12,8 @@ use bytes::Bytes;
 use v4_proto::Digest;
 
 use crate::{
-    Lease, Store, StoreError, blob,
-    fs::Meta,
+    Lease, Need, Store, StoreError, blob,
+    fs::{File, Meta},
     hash::{self, Linker},
     limits, sha256,
 };
@@ -31,6 +31,9 @@ pub struct Adopted {
     pub lease: Lease,
 }
 
+/// Hears how far it is: bytes done, bytes in all.
+pub type Told<'a> = &'a mut dyn FnMut(u64, u64);
+
 /// How a file came into the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
@@ -46,26 +49,31 @@ pub enum How {
 
 impl Store {
     /// Takes a file of the person into the blobs: as a reflink where the file system has them, as a
-    /// hard link where `may_link` says so and it can be made, else as a copy.
+    /// hard link where `may_link` says so and it can be made, else as a copy. `told` hears how far
+    /// its hashing is.
     ///
     /// # Errors
     /// [`StoreError::Space`] or [`StoreError::Quota`] before anything is copied;
     /// [`StoreError::Moved`] when the file changed meanwhile; [`StoreError::DiskFull`] or
     /// [`StoreError::Io`].
-    pub fn adopt(&self, path: &Path, may_link: bool) -> Result<Adopted, StoreError> {
+    pub fn adopt(
+        &self,
+        path: &Path,
+        may_link: bool,
+        told: Told<'_>,
+    ) -> Result<Adopted, StoreError> {
         let before = self.file_meta(path)?;
-        if let Some(adopted) = self.adopt_in_place(path, before, may_link)? {
+        if let Some(adopted) = self.adopt_in_place(path, before, may_link, told)? {
             return Ok(adopted);
         }
         if self.tree.blobs()?.iter().any(|(_, len)| *len == before.len) {
-            let digest = self.hash_of(path)?;
+            let digest = self.hash_of(path, before.len, told)?.0.digest();
             let lease = self.lease(&[digest]);
             if self.is_whole(&digest, before.len) {
                 return Ok(Adopted { digest, size: before.len, how: How::Here, lease });
             }
         }
-        self.make_room(before.len)?;
-        self.copy(path, before)
+        self.copy(path, before, told)
     }
 
     /// A reflink or a hard link, hashed and then made a blob. `None` where neither can be made.
@@ -74,6 +82,7 @@ impl Store {
         path: &Path,
         before: Meta,
         may_link: bool,
+        told: Told<'_>,
     ) -> Result<Option<Adopted>, StoreError> {
         let fs = self.tree.fs.as_ref();
         let staging = self.staging_path();
@@ -84,50 +93,63 @@ impl Store {
         } else {
             return Ok(None);
         };
-        let taken = self.take(path, &staging, before, how);
-        if !taken.as_ref().is_ok_and(|taken| taken.how == how) {
+        let hashed = self.hash_of(&staging, before.len, told);
+        let taken = hashed
+            .and_then(|(linker, file)| self.take(path, &staging, (before, how), (&linker, file)));
+        if !matches!(&taken, Ok(Some(taken)) if taken.how == how) {
             // Another name of the person's file, or a clone of it, and nothing else.
             let _ = fs.remove_file(&staging);
         }
-        taken.map(Some)
+        taken
     }
 
-    /// Makes a blob of a staged link.
+    /// Makes a blob of a staged link that was hashed. `None` where the file is somebody else's, who
+    /// alone may make it read-only.
     fn take(
         &self,
         path: &Path,
         staging: &Path,
-        before: Meta,
-        how: How,
-    ) -> Result<Adopted, StoreError> {
+        (before, how): (Meta, How),
+        (linker, mut file): (&Linker, Box<dyn File>),
+    ) -> Result<Option<Adopted>, StoreError> {
         let fs = self.tree.fs.as_ref();
-        let mut file = fs.open_read(staging).map_err(StoreError::io("open", staging))?;
-        let linker = hash::hash_file(file.as_mut(), staging)?;
         let (now, digest) = (self.file_meta(staging)?, linker.digest());
-        if how == How::Linked && (now.len, now.modified) != (before.len, before.modified) {
+        let is_same = |now: Meta| (now.len, now.modified) == (before.len, before.modified);
+        if how == How::Linked && !is_same(now) {
             return Err(StoreError::Moved { path: path.to_path_buf() });
         }
         let lease = self.lease(&[digest]);
         let size = now.len;
         if self.is_whole(&digest, size) {
-            return Ok(Adopted { digest, size, how: How::Here, lease });
+            return Ok(Some(Adopted { digest, size, how: How::Here, lease }));
         }
-        fs.set_mode(staging, blob::BLOB_MODE).map_err(StoreError::io("make read-only", path))?;
+        match fs.set_mode(staging, blob::BLOB_MODE) {
+            Err(_) if how == How::Linked => return Ok(None),
+            outcome => outcome.map_err(StoreError::io("make read-only", path))?,
+        }
         file.sync().map_err(StoreError::io("sync", staging))?;
         let blob = self.tree.blob_path(&digest);
         fs.rename(staging, &blob).map_err(StoreError::io("rename", staging))?;
         let folder = blob.parent().unwrap_or(&blob);
         fs.sync_dir(folder).map_err(StoreError::io("sync", folder))?;
-        self.put_chain(&digest, &linker);
-        self.note_intact(&digest);
-        Ok(Adopted { digest, size, how, lease })
+        self.put_chain(&digest, linker);
+        // Who writes a linked file while it is taken in must not be vouched for: a time that is
+        // still the same says that nobody did, unless it is so young that another write may have it
+        // too. Without a note the blob is hashed again before it is used.
+        let is_old = before.modified.elapsed().is_ok_and(|age| age > limits::SETTLED);
+        let now = self.file_meta(&blob)?;
+        if how == How::Reflinked || is_old && is_same(now) {
+            let _ = self.tree.index.put_stamp(&digest, &now);
+        }
+        Ok(Some(Adopted { digest, size, how, lease }))
     }
 
     /// Copies a file into the blobs, hashing on the way. What is broken off goes on where it was.
-    fn copy(&self, path: &Path, meta: Meta) -> Result<Adopted, StoreError> {
+    fn copy(&self, path: &Path, meta: Meta, told: Told<'_>) -> Result<Adopted, StoreError> {
         let since = meta.modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let what = format!("{}\n{}\n{since}", path.display(), meta.len);
         let key = format!("import-{}", sha256(what.as_bytes()).hex());
+        let _room = self.make_room(vec![Need { key: key.clone(), size: meta.len }])?;
         let mut partial = self.partial(&key, Some(meta.len))?;
         let fs = self.tree.fs.as_ref();
         let mut file = fs.open_read(path).map_err(StoreError::io("open", path))?;
@@ -142,6 +164,7 @@ impl Store {
             }
             partial.write_at(at, Bytes::from(chunk))?;
             at += n as u64;
+            told(at, meta.len);
         }
         let digest = partial.digest()?;
         let now = self.file_meta(path)?;
@@ -160,9 +183,16 @@ impl Store {
         self.blob(digest).is_ok_and(|found| found == Some(size)) && self.intact(digest).is_ok()
     }
 
-    fn hash_of(&self, path: &Path) -> Result<Digest, StoreError> {
+    /// Hashes a file of `len` bytes.
+    fn hash_of(
+        &self,
+        path: &Path,
+        len: u64,
+        told: Told<'_>,
+    ) -> Result<(Linker, Box<dyn File>), StoreError> {
         let mut file = self.tree.fs.open_read(path).map_err(StoreError::io("open", path))?;
-        Ok(hash::hash_file(file.as_mut(), path)?.digest())
+        let linker = hash::hash_told(file.as_mut(), path, &mut |done| told(done, len))?;
+        Ok((linker, file))
     }
 
     /// What is known of a file of the person.

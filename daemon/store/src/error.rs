@@ -193,7 +193,7 @@ impl StoreError {
 }
 
 /// Bytes as people write them.
-fn human(n: u64) -> String {
+pub fn human(n: u64) -> String {
     let units =
         [(1_000_000_000_000, "TB"), (1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "KB")];
     let unit = units.into_iter().find(|(size, _)| n >= *size);

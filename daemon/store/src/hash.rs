@@ -240,6 +240,15 @@ fn follow(mut file: Box<dyn File>, receiver: &Receiver<Feed>) -> io::Result<()> 
 
 /// The digest and the links of a file.
 pub(crate) fn hash_file(file: &mut dyn File, path: &Path) -> Result<Linker, StoreError> {
+    hash_told(file, path, &mut |_| {})
+}
+
+/// The same; `told` hears how many bytes are hashed.
+pub(crate) fn hash_told(
+    file: &mut dyn File,
+    path: &Path,
+    told: &mut dyn FnMut(u64),
+) -> Result<Linker, StoreError> {
     let mut linker = Linker::new();
     let mut chunk = vec![0; limits::CHUNK_BYTES];
     loop {
@@ -247,6 +256,7 @@ pub(crate) fn hash_file(file: &mut dyn File, path: &Path) -> Result<Linker, Stor
             0 => return Ok(linker),
             n => linker.update(&chunk[..n]),
         }
+        told(linker.len);
     }
 }
 

@@ -7,13 +7,17 @@ use std::{
 
 use v4_proto::Digest;
 
-use crate::gc::Tree;
+use crate::{gc::Tree, quota::Need};
 
 /// Who uses what. Garbage is collected under this lock, so a lease that was given is safe.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
     leased: HashMap<Digest, usize>,
     partials: HashSet<String>,
+    /// What those who write were given room for, by their number.
+    pub rooms: HashMap<u64, Vec<Need>>,
+    /// The number of the next one.
+    pub next_room: u64,
     /// Blobs that should have been collected but were leased, or could not be deleted.
     pub doomed: BTreeSet<Digest>,
 }

@@ -40,12 +40,12 @@ use std::{
 pub use adopt::{Adopted, How};
 pub use blob::{Partial, Staged};
 pub use care::{Cost, Damage, Usage};
-pub use error::{ManifestError, StoreError};
+pub use error::{ManifestError, StoreError, human};
 pub use hash::{Chain, sha256};
 pub use index::Opened;
 pub use lease::Lease;
 pub use manifest::{Entry, Layer, Manifest, Record, Role};
-pub use quota::Quota;
+pub use quota::{Need, Quota, Room};
 pub use ranges::Ranges;
 pub use roots::{Root, RootKind};
 use v4_proto::{Digest, Inspection, ModelName};

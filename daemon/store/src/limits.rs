@@ -38,6 +38,9 @@ pub const ORPHAN_AGE: Duration = Duration::from_hours(7 * 24);
 /// Deleted names can come back for so long at most, so that what a person deleted does not fill the
 /// disk for ever.
 pub const DELETED_AGE: Duration = ORPHAN_AGE;
+/// A file that was last written so long ago, at least, shows another write by another time: clocks
+/// of file systems go in steps of up to two seconds.
+pub const SETTLED: Duration = Duration::from_secs(3);
 /// Partials, staged archives among them, that nobody went on with for this long are swept at start:
 /// as long as a finished blob waits for its name, and no abandoned pull fills the disk for ever.
 pub const PARTIAL_AGE: Duration = ORPHAN_AGE;

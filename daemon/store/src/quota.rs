@@ -2,13 +2,13 @@
 //! most for the longest time without use.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, SystemTime},
 };
 
 use v4_proto::{Digest, ModelName};
 
-use crate::{Role, Store, StoreError, blob, fs, limits};
+use crate::{Role, Store, StoreError, blob, fs, lease, limits};
 
 /// How much a home may have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -17,6 +17,32 @@ pub struct Quota {
     pub bytes: Option<u64>,
     /// Models are removed where more is needed. Otherwise that is refused.
     pub evicts: bool,
+}
+
+/// Something that is about to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// The key of its partial.
+    pub key: String,
+    /// Bytes it will have.
+    pub size: u64,
+}
+
+/// Room that was made for somebody who writes. It is theirs until this is dropped: nobody else is
+/// given it meanwhile.
+#[derive(Debug)]
+#[must_use = "room that is dropped is given to somebody else"]
+pub struct Room {
+    claims: lease::Shared,
+    number: u64,
+    /// The names that were removed for it.
+    pub gone: Vec<ModelName>,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.claims.lock().rooms.remove(&self.number);
+    }
 }
 
 /// The file in the home that lists the pinned names, a line each.
@@ -71,50 +97,89 @@ impl Store {
         *self.quota.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = quota;
     }
 
-    /// Makes sure that `needed` bytes may be written, by the disk and by the quota. What is deleted
-    /// or needed by nobody goes where that helps, then models where the quota says so. Returns the
-    /// names that went.
+    /// Makes sure that these may be written, by the disk and by the quota, beside all that others
+    /// were given room for. What is deleted or needed by nobody goes where that helps, then models
+    /// where the quota says so.
     ///
     /// # Errors
     /// [`StoreError::Space`] or [`StoreError::Quota`], with nothing but garbage removed;
     /// [`StoreError::Io`].
-    pub fn make_room(&self, needed: u64) -> Result<Vec<ModelName>, StoreError> {
-        let quota = *self.quota.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let room = || -> Result<(u64, u64), StoreError> {
+    pub fn make_room(&self, needs: Vec<Need>) -> Result<Room, StoreError> {
+        // Held to the end: who comes meanwhile finds this room taken.
+        let quota = self.quota.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (needed, taken) = self.wanted(&needs)?;
+        let look = || -> Result<(u64, u64), StoreError> {
             let left = match quota.bytes {
                 Some(bytes) => bytes.saturating_sub(self.usage()?.total_bytes),
                 None => u64::MAX,
             };
-            Ok((self.free_bytes()?, left))
+            Ok((self.free_bytes()?.saturating_sub(taken), left.saturating_sub(taken)))
         };
-        let (mut free, mut left) = room()?;
+        let (mut free, mut left) = look()?;
         if needed > free.min(left) {
             self.prune(false)?;
-            (free, left) = room()?;
+            (free, left) = look()?;
         }
         if needed > free {
             return Err(StoreError::Space { needed, free });
         }
-        let Some(bytes) = quota.bytes.filter(|_| needed > left) else { return Ok(Vec::new()) };
-        let candidates = self.candidates()?;
-        let Some(chosen) = choose(&candidates, needed - left) else {
+        let gone = match quota.bytes {
+            Some(_) if needed > left => self.evict(needed, left, *quota)?,
+            _ => Vec::new(),
+        };
+        let mut claims = self.tree.claims.lock();
+        let number = claims.next_room;
+        claims.next_room += 1;
+        claims.rooms.insert(number, needs);
+        drop(claims);
+        Ok(Room { claims: self.tree.claims.clone(), number, gone })
+    }
+
+    /// Bytes that these still need, and that others do who were given room.
+    fn wanted(&self, needs: &[Need]) -> Result<(u64, u64), StoreError> {
+        let claims = self.tree.claims.lock();
+        let rooms: Vec<Need> = claims.rooms.values().flatten().cloned().collect();
+        drop(claims);
+        let mut seen = BTreeSet::new();
+        let mut sum = |needs: &[Need], is_ours: bool| -> Result<u64, StoreError> {
+            let mut sum = 0_u64;
+            for need in needs.iter().filter(|need| seen.insert(need.key.clone())) {
+                // A blob that is to be written again is damaged; one of somebody else is done.
+                if is_ours || !self.is_done(need)? {
+                    let here = self.partial_bytes(&need.key)?;
+                    sum = sum.saturating_add(need.size.saturating_sub(here));
+                }
+            }
+            Ok(sum)
+        };
+        // Ours first: what somebody else brings as well is counted once.
+        Ok((sum(needs, true)?, sum(&rooms, false)?))
+    }
+
+    /// Whether something that was to be written is a blob by now.
+    fn is_done(&self, need: &Need) -> Result<bool, StoreError> {
+        let Ok(digest) = need.key.parse::<Digest>() else { return Ok(false) };
+        let path = self.tree.blob_path(&digest);
+        let meta = self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?;
+        Ok(meta.is_some_and(|meta| meta.len == need.size))
+    }
+
+    /// Removes models so that `needed` bytes fit where `left` are, or says what would.
+    fn evict(&self, needed: u64, left: u64, quota: Quota) -> Result<Vec<ModelName>, StoreError> {
+        let bytes = quota.bytes.unwrap_or(u64::MAX);
+        let refused = |advice: String| StoreError::Quota { needed, left, quota: bytes, advice };
+        let Some(chosen) = choose(&self.candidates()?, needed - left) else {
             let advice = "removing everything that is neither pinned nor in use would not be \
                           enough; give the home more with V4_QUOTA";
-            return Err(StoreError::Quota {
-                needed,
-                left,
-                quota: bytes,
-                advice: advice.to_owned(),
-            });
+            return Err(refused(advice.to_owned()));
         };
         if !quota.evicts {
             let names: Vec<String> = chosen.iter().map(ToString::to_string).collect();
-            let advice = format!(
+            return Err(refused(format!(
                 "`v4 rm {}` and `v4 prune` would make room, or set V4_QUOTA_EVICT=on to have the \
                  least valuable removed",
                 names.join(" ")
-            );
-            return Err(StoreError::Quota { needed, left, quota: bytes, advice });
+            )));
         }
         for name in &chosen {
             self.remove(name)?;

@@ -71,6 +71,7 @@ fn page(root: &Path) -> Result<String, String> {
             .to_owned();
     settings(&mut page, &read("daemon/server/src/config.rs")?);
     codes(&mut page, &read("daemon/proto/src/fault.rs")?, &read("daemon/server/src/error.rs")?)?;
+    routes(&mut page, &read("daemon/server/src/routes.rs")?);
     models(&mut page);
     page.push_str("\n## Limits\n");
     for (path, title) in LIMITS {
@@ -81,6 +82,25 @@ fn page(root: &Path) -> Result<String, String> {
     }
     Ok(page)
 }
+
+/// What the paths begin with that Ollama has; others of its surface are v4's own.
+const OLLAMAS: &[&str] = &[
+    "/api/blobs/",
+    "/api/chat",
+    "/api/copy",
+    "/api/create",
+    "/api/delete",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/generate",
+    "/api/ps",
+    "/api/pull",
+    "/api/push",
+    "/api/show",
+    "/api/tags",
+    "/api/version",
+    "/",
+];
 
 /// The fields of the daemon's settings whose comment names a variable.
 fn settings(page: &mut String, source: &str) {
@@ -100,7 +120,8 @@ fn settings(page: &mut String, source: &str) {
     }
     page.push_str(
         "\nThe other commands know `V4_HOME` and `V4_SOCKET` too, and `V4_HOST`: the daemon at \
-         `http://HOST:PORT` instead of this user's own.\n",
+         `http://HOST:PORT` instead of this user's own. Pulls and pushes go through the proxies that \
+         `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name.\n",
     );
 }
 
@@ -128,6 +149,28 @@ fn codes(page: &mut String, faults: &str, statuses: &str) -> Result<(), String> 
         let _ = writeln!(page, "| `{name}` | {status} | {meaning} |");
     }
     Ok(())
+}
+
+/// Every endpoint, as the table in the source has it.
+fn routes(page: &mut String, source: &str) {
+    page.push_str(
+        "\n## Routes\n\n`GET` routes answer `HEAD` too. Those that are v4's own take and give JSON with \
+         the fields of the command that uses them.\n\n| method | path | whose words |\n|---|---|---|\n",
+    );
+    let table = source.split("static ROUTES").nth(1).and_then(|rest| rest.split("];").next());
+    for line in table.unwrap_or_default().lines().map(str::trim) {
+        let inside = line.strip_prefix("route(Method::").and_then(|rest| rest.split_once(", "));
+        let Some((method, rest)) = inside else { continue };
+        let path = rest.split('"').nth(1).unwrap_or_default();
+        let surface = rest.split("Surface::").nth(1).and_then(|rest| rest.split(',').next());
+        let is_ollamas = OLLAMAS.contains(&path) || path.starts_with(OLLAMAS[0]);
+        let whose = match surface.unwrap_or_default() {
+            "Ollama" if !is_ollamas => "v4",
+            "OpenAi" => "OpenAI",
+            surface => surface,
+        };
+        let _ = writeln!(page, "| {method} | `{path}` | {whose} |");
+    }
 }
 
 /// The library of models.

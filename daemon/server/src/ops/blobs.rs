@@ -10,7 +10,7 @@ use futures_util::Stream;
 use tokio::sync::mpsc;
 use v4_proto::{Code, Digest, Fault};
 use v4_store::{
-    Lease, Store, StoreError,
+    Lease, Need, Room, Store, StoreError,
     fs::{File, Fs as _, RealFs},
 };
 
@@ -79,6 +79,24 @@ pub async fn chain(daemon: &Daemon, digest: Digest) -> Result<Option<Vec<u8>>, F
     Ok(chain.await?.map(|chain| chain.encode()))
 }
 
+/// Makes room for a blob of so many bytes.
+///
+/// # Errors
+/// `disk`, with what would make room.
+pub async fn make_room(daemon: &Daemon, digest: Digest, size: u64) -> Result<Room, Fault> {
+    let need = Need { key: key(&digest), size };
+    let room = daemon.blocking(move |store| store.make_room(vec![need])).await?;
+    if !room.gone.is_empty() {
+        tracing::info!(names = ?room.gone, "removed to stay within the quota");
+    }
+    Ok(room)
+}
+
+/// The key of a blob that comes.
+fn key(digest: &Digest) -> String {
+    format!("sha256-{}", digest.hex())
+}
+
 /// Takes a blob as it comes. Dropping the sender before [`Taking::end`] keeps nothing.
 pub struct Taking {
     sender: mpsc::Sender<Bytes>,
@@ -131,7 +149,7 @@ fn write(
     digest: &Digest,
     mut pieces: mpsc::Receiver<Bytes>,
 ) -> Result<(), StoreError> {
-    let mut partial = store.partial(&format!("sha256-{}", digest.hex()), None)?;
+    let mut partial = store.partial(&key(digest), None)?;
     let mut at = 0;
     while let Some(piece) = pieces.blocking_recv() {
         if piece.is_empty() {

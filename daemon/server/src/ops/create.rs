@@ -108,6 +108,14 @@ fn names(files: &[(String, Digest)]) -> Vec<String> {
     files.iter().map(|(name, _)| name.clone()).collect()
 }
 
+/// What is said of a model that was stored all the same.
+pub fn cannot_run(arch: &str) -> String {
+    format!(
+        "warning: the model is stored, but cannot run: this version of v4 cannot run the \
+         architecture {arch}"
+    )
+}
+
 /// The model that a new one begins with.
 async fn base(daemon: &Daemon, from: &Wanted) -> Result<Record, Fault> {
     let name = from.name.clone();

@@ -11,8 +11,9 @@ use std::{
 use serde_json::{Map, json};
 use v4_proto::{Code, Digest, Fault, ModelFiles, ModelName};
 use v4_store::{
-    Adopted, How,
+    Adopted, How, Store,
     fs::{Fs as _, RealFs},
+    human,
     manifest::{folder_file, folder_lacks},
 };
 
@@ -79,12 +80,8 @@ async fn one(
     let weights = found.files.iter().map(|(_, path)| path.clone()).collect();
     // Before anything is copied: what is no model is refused by whoever can tell.
     let files = ModelFiles { weights, names, ..ModelFiles::default() };
-    daemon.supervisor.inspect(files).await?;
-    let paths: Vec<PathBuf> = found.files.iter().map(|(_, path)| path.clone()).collect();
-    let adopt = daemon.blocking(move |store| {
-        paths.iter().map(|path| store.adopt(path, may_link)).collect::<Result<Vec<_>, _>>()
-    });
-    let adopted = adopt.await?;
+    let info = daemon.supervisor.inspect(files).await?.info;
+    let adopted = adopt(daemon, found, may_link, say).await?;
     // Whoever left need not hear it.
     let _ = say.send(words(&name, &adopted)).await;
     let digests = adopted.iter().map(|one| one.digest);
@@ -103,7 +100,35 @@ async fn one(
     };
     let manifest = create::create(daemon, make, say).await?;
     note_origin(daemon, found, &adopted, manifest).await;
+    if !info.supported {
+        let _ = say.send(create::cannot_run(&info.arch)).await;
+    }
     Ok(())
+}
+
+/// Takes the files into the store, telling every tenth of each.
+async fn adopt(
+    daemon: &Daemon,
+    found: &Found,
+    may_link: bool,
+    say: &Say,
+) -> Result<Vec<Adopted>, Fault> {
+    let (files, say) = (found.files.clone(), say.clone());
+    let one = move |store: &Store, (name, path): &(String, PathBuf)| {
+        let mut last = 0;
+        store.adopt(path, may_link, &mut |done, all| {
+            let tenths = done.saturating_mul(10).checked_div(all).unwrap_or(10);
+            if tenths > last && tenths < 10 {
+                last = tenths;
+                // Whoever left need not hear it.
+                let _ = say.blocking_send(format!("reading {name}: {tenths}0%"));
+            }
+        })
+    };
+    let work = daemon.blocking(move |store| {
+        files.iter().map(|file| one(store, file)).collect::<Result<Vec<_>, _>>()
+    });
+    work.await
 }
 
 fn file_names(found: &Found) -> Vec<String> {
@@ -157,7 +182,7 @@ fn words(name: &ModelName, adopted: &[Adopted]) -> String {
         Some(How::Copied) => "copied",
         Some(How::Here) | None => "the same bytes were here already",
     };
-    format!("imported '{name}' ({bytes} bytes, {done})")
+    format!("imported '{name}' ({}, {done})", human(bytes))
 }
 
 /// What models a path has.

@@ -32,8 +32,8 @@ const SIGABRT: i32 = 6;
 fn child() {
     let Ok(order) = std::env::var(CHILD) else { return };
     let (at, home) = order.split_once(' ').unwrap();
-    let fs = FaultFs::new(Fault::Abort, at.parse().unwrap());
-    story::tell(home.as_ref(), Arc::new(fs)).unwrap();
+    let fs: Arc<dyn Fs> = Arc::new(FaultFs::new(Fault::Abort, at.parse().unwrap()));
+    story::tell(home.as_ref(), &fs).unwrap();
 }
 
 #[test]

@@ -15,8 +15,9 @@ use std::{
 };
 
 use tempfile::TempDir;
+use v4_proto::ModelName;
 use v4_store::{
-    How, Layer, Manifest, Quota, Role, Store, StoreError,
+    How, Layer, Manifest, Need, Quota, Role, Store, StoreError,
     fs::{Fs as _, RealFs},
     manifest::CONFIG_TYPE,
     sha256,
@@ -49,6 +50,12 @@ fn file(folder: &TempDir, bytes: &[u8]) -> PathBuf {
     path
 }
 
+/// Makes room and gives it back at once. The names that went.
+fn room(store: &Store, size: u64) -> Result<Vec<ModelName>, StoreError> {
+    let need = Need { key: "download".to_owned(), size };
+    store.make_room(vec![need]).map(|room| room.gone.clone())
+}
+
 fn inode(path: &Path) -> u64 {
     std::fs::metadata(path).unwrap().ino()
 }
@@ -57,12 +64,12 @@ fn inode(path: &Path) -> u64 {
 fn a_file_is_taken_in_and_stays_the_persons() {
     let (folder, store) = home();
     let path = file(&folder, b"weights");
-    let adopted = store.adopt(&path, false).unwrap();
+    let adopted = store.adopt(&path, false, &mut |_, _| {}).unwrap();
     let digest = sha256(b"weights");
     assert_eq!((adopted.digest, adopted.size), (digest, 7));
     assert!(matches!(adopted.how, How::Copied | How::Reflinked), "{:?}", adopted.how);
     assert_ne!(inode(&path), inode(&store.blob_path(&digest)));
-    assert_eq!(store.adopt(&path, true).unwrap().how, How::Here);
+    assert_eq!(store.adopt(&path, true, &mut |_, _| {}).unwrap().how, How::Here);
     // What is written to theirs is not written to ours.
     RealFs.open(&path).unwrap().write_all(b"WEIGHTS").unwrap();
     store.verify(&digest).unwrap();
@@ -82,7 +89,7 @@ fn a_linked_file_that_is_written_is_refused_and_not_touched() {
     let (folder, store) = home();
     let bytes: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
     let path = file(&folder, &bytes);
-    let Ok(adopted) = store.adopt(&path, true) else { panic!("adopted") };
+    let Ok(adopted) = store.adopt(&path, true, &mut |_, _| {}) else { panic!("adopted") };
     if adopted.how != How::Linked {
         println!("skipped: this file system has reflinks, so nothing is linked");
         return;
@@ -109,13 +116,13 @@ fn a_file_that_has_no_room_is_refused_before_it_is_copied() {
     let fs = FaultFs::new(Fault::DiskFull, u64::MAX);
     let store = Store::open_with(&folder.path().join("home"), Arc::new(fs.clone())).unwrap();
     fs.fail_after(50_000);
-    match store.adopt(&path, false) {
+    match store.adopt(&path, false, &mut |_, _| {}) {
         Err(StoreError::Space { needed: 100_000, .. }) => {}
         Ok(adopted) if adopted.how == How::Reflinked => println!("skipped: reflinks need no room"),
         other => panic!("{other:?}"),
     }
-    store.adopt(&folder.path().join("absent"), false).unwrap_err();
-    store.adopt(folder.path(), true).unwrap_err();
+    store.adopt(&folder.path().join("absent"), false, &mut |_, _| {}).unwrap_err();
+    store.adopt(folder.path(), true, &mut |_, _| {}).unwrap_err();
 }
 
 #[test]
@@ -201,24 +208,57 @@ fn a_quota_refuses_with_what_to_do_or_removes_what_is_worth_least() {
     assert!(store.pin(&name("pinned"), true).unwrap());
     assert!(!store.pin(&name("PINNED"), true).unwrap());
     let lease = store.lease(&[sha256(&[2; 1000])]);
-    assert_eq!(store.make_room(1 << 20).unwrap(), []);
+    assert_eq!(room(&store, 1 << 20).unwrap(), []);
     let quota = |bytes, evicts| store.set_quota(Quota { bytes: Some(bytes), evicts });
     quota(3502, false);
-    assert_eq!(store.make_room(500).unwrap(), [], "what just fits, fits");
-    let words = store.make_room(501).unwrap_err().to_string();
+    assert_eq!(room(&store, 500).unwrap(), [], "what just fits, fits");
+    let words = room(&store, 501).unwrap_err().to_string();
     assert!(words.contains("v4 rm idle:latest") && words.contains("V4_QUOTA"), "{words}");
     quota(3502, true);
-    let words = store.make_room(1501).unwrap_err().to_string();
+    let words = room(&store, 1501).unwrap_err().to_string();
     assert!(words.contains("would not be enough"), "{words}");
     assert_eq!(store.names().unwrap().len(), 3, "a refusal removes nothing");
-    assert_eq!(store.make_room(1500).unwrap(), [name("idle")]);
+    assert_eq!(room(&store, 1500).unwrap(), [name("idle")]);
     assert_eq!(store.names().unwrap().len(), 2);
-    assert!(store.make_room(1501).is_err());
+    assert!(room(&store, 1501).is_err());
     drop(lease);
-    assert_eq!(store.make_room(1501).unwrap(), [name("used")]);
+    assert_eq!(room(&store, 1501).unwrap(), [name("used")]);
     assert!(store.pin(&name("pinned"), false).unwrap());
     assert_eq!(store.pins().unwrap(), []);
-    assert_eq!(store.make_room(3000).unwrap(), [name("pinned")]);
+    assert_eq!(room(&store, 3000).unwrap(), [name("pinned")]);
+}
+
+/// Two who write at a time are not given the same room, and what one has written already is not
+/// counted twice.
+#[test]
+fn room_is_given_once() {
+    let (_folder, store) = home();
+    store.set_quota(Quota { bytes: Some(1000), evicts: false });
+    let need = |key: &str, size| vec![Need { key: key.to_owned(), size }];
+    let first = store.make_room(need("first", 600)).unwrap();
+    store.make_room(need("second", 401)).unwrap_err();
+    let second = store.make_room(need("second", 400)).unwrap();
+    // The same file for another name needs no room of its own.
+    drop(store.make_room(need("first", 600)).unwrap());
+    let mut partial = store.partial("first", Some(600)).unwrap();
+    partial.write(&[7; 500]).unwrap();
+    partial.sync().unwrap();
+    // The journal has some bytes as well.
+    store.make_room(need("third", 1)).unwrap_err();
+    drop(second);
+    let journal = 43;
+    drop(store.make_room(need("third", 400 - journal)).unwrap());
+    store.make_room(need("third", 401 - journal)).unwrap_err();
+    drop(partial);
+    store.discard("first").unwrap();
+    drop(first);
+    // What became a blob is counted as one, and no more as what is to come.
+    let blob = store.make_room(need(&format!("sha256-{}", sha256(b"done").hex()), 4)).unwrap();
+    put(&store, "m", b"done");
+    drop(store.make_room(need("third", 1000 - 4 - 2)).unwrap());
+    drop(blob);
+    store.remove(&name("m")).unwrap();
+    drop(store.make_room(need("third", 1000)).unwrap());
 }
 
 /// What was deleted makes room before anything else goes.
@@ -229,9 +269,9 @@ fn what_is_deleted_goes_before_a_refusal() {
     put(&store, "gone", &[2; 1000]);
     store.delete(&name("gone")).unwrap();
     store.set_quota(Quota { bytes: Some(2500), evicts: true });
-    assert_eq!(store.make_room(400).unwrap(), []);
+    assert_eq!(room(&store, 400).unwrap(), []);
     assert_eq!(store.deleted().unwrap().len(), 1);
-    assert_eq!(store.make_room(1000).unwrap(), []);
+    assert_eq!(room(&store, 1000).unwrap(), []);
     assert_eq!((store.deleted().unwrap(), store.names().unwrap().len()), (Vec::new(), 1));
 }
 

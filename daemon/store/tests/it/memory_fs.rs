@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, LazyLock, Mutex, MutexGuard},
     time::SystemTime,
 };
 
@@ -64,6 +64,10 @@ impl Disk {
         }
     }
 }
+
+/// When all files were last changed: nothing here asks how old one is, but some ask whether its
+/// time is still the same.
+static START: LazyLock<SystemTime> = LazyLock::new(SystemTime::now);
 
 /// A disk in memory.
 #[derive(Debug, Clone)]
@@ -200,7 +204,7 @@ impl Fs for MemoryFs {
 
     fn meta(&self, path: &Path) -> io::Result<Option<Meta>> {
         let disk = self.disk();
-        let modified = SystemTime::now();
+        let modified = *START;
         Ok(disk.now.get(path).map(|node| match node {
             Node::Dir => Meta { len: 0, modified, changed: modified, n_names: 1, is_dir: true },
             Node::File(id) => {

@@ -25,7 +25,8 @@ fn a_power_cut_at_any_change_loses_nothing() {
     story::before(&home, Arc::new(start.clone())).unwrap();
     for at in 1.. {
         let disk = start.with_power_until(at);
-        if story::tell(&home, Arc::new(disk.clone())).is_ok() {
+        let fs: Arc<dyn Fs> = Arc::new(disk.clone());
+        if story::tell(&home, &fs).is_ok() {
             assert!(at > 40, "the story has only {at} changes");
             return;
         }

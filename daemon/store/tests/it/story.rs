@@ -1,10 +1,18 @@
 //! A story in which everything happens that changes a store, and what must be true of the store
 //! wherever the story ends.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use v4_proto::ModelName;
-use v4_store::{Layer, Manifest, Role, Store, StoreError, fs::Fs, manifest::CONFIG_TYPE, sha256};
+use v4_store::{
+    Layer, Manifest, Role, Store, StoreError,
+    fs::{self, Fs},
+    manifest::CONFIG_TYPE,
+    sha256,
+};
 
 pub fn name(text: &str) -> ModelName {
     text.parse().unwrap()
@@ -29,6 +37,25 @@ fn manifest(store: &Store, weights: &[u8], texts: &[&str]) -> Result<Manifest, S
     Ok(Manifest::new(config, layers))
 }
 
+/// What the person's file has.
+const THEIRS: &[u8] = b"weights of the person";
+
+fn theirs(home: &Path) -> PathBuf {
+    home.parent().unwrap().join("theirs.gguf")
+}
+
+/// The person writes a file and does not care when it is on the disk.
+fn write_theirs(home: &Path, fs: &dyn Fs) -> Result<(), StoreError> {
+    let path = theirs(home);
+    if fs::read(fs, &path, 1000).is_ok_and(|bytes| bytes == THEIRS) {
+        return Ok(());
+    }
+    let failed = |source| StoreError::Io { what: "write", path: theirs(home), source };
+    let mut file = fs.open(&path).map_err(failed)?;
+    file.set_len(0).map_err(failed)?;
+    file.write_all(THEIRS).map_err(failed)
+}
+
 /// What is there before the story: a name `old`, and a download that was left half-way.
 pub fn before(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
     let store = Store::open_with(home, fs)?;
@@ -42,10 +69,10 @@ pub fn before(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
 }
 
 /// The story: the download goes on and is committed, a name points to it, then to a newer version
-/// of it, and the old name is
-/// deleted, comes back, and is removed.
-pub fn tell(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
-    let store = Store::open_with(home, fs)?;
+/// of it; a file of the person is taken in; and the old name is deleted, comes back, and is
+/// removed.
+pub fn tell(home: &Path, fs: &Arc<dyn Fs>) -> Result<(), StoreError> {
+    let store = Store::open_with(home, Arc::clone(fs))?;
     let bytes = weights();
     // Before the download is committed, so that nothing after it syncs the blobs' folder again.
     let first = manifest(&store, &bytes, &["shared licence", "first terms"])?;
@@ -64,8 +91,14 @@ pub fn tell(home: &Path, fs: Arc<dyn Fs>) -> Result<(), StoreError> {
     store.put_manifest(&name("new"), &first.encode())?;
     let second = manifest(&store, &bytes, &["second terms"])?;
     store.put_manifest(&name("new"), &second.encode())?;
-    store.delete(&name("old"))?;
-    store.restore(&name("old"))?;
+    // A file of the person comes in under a second name.
+    write_theirs(home, fs.as_ref())?;
+    let adopted = store.adopt(&theirs(home), true, &mut |_, _| {})?;
+    assert_eq!(adopted.digest, sha256(THEIRS));
+    let config = Layer::new(CONFIG_TYPE, store.put_blob(b"{}")?, 2);
+    let size = THEIRS.len() as u64;
+    let layer = Layer::new(Role::Model.media_type(), adopted.digest, size);
+    store.put_manifest(&name("theirs"), &Manifest::new(config, vec![layer]).encode())?;
     store.delete(&name("old"))?;
     store.restore(&name("old"))?;
     store.remove(&name("old"))?;
@@ -93,11 +126,13 @@ pub fn check(home: &Path, fs: &Arc<dyn Fs>) {
         let partials = fs.list(&home.join("partial")).unwrap();
         assert!(!partials.iter().any(|partial| partial.starts_with("put-")), "{partials:?}");
     }
-    tell(home, Arc::clone(fs)).unwrap();
+    tell(home, fs).unwrap();
     let store = Store::open_with(home, Arc::clone(fs)).unwrap();
-    let names: Vec<String> =
+    let mut names: Vec<String> =
         store.names().unwrap().iter().map(|entry| entry.name.to_string()).collect();
-    assert_eq!(names, ["new:latest"]);
+    names.sort();
+    assert_eq!(names, ["new:latest", "theirs:latest"]);
+    store.verify(&sha256(THEIRS)).unwrap();
     let record = store.find(&name("new")).unwrap().unwrap();
     let texts: Vec<Vec<u8>> = record
         .manifest
