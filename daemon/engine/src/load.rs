@@ -28,6 +28,9 @@ pub struct Loaded {
     pub disk_error: Option<Error>,
 }
 
+/// The arithmetic of this build: weights as they are by activations in int8.
+const PRECISION: &str = "fast";
+
 /// Loads a model; `progress` hears how far it is: stage, bytes done, bytes in all.
 ///
 /// # Errors
@@ -53,7 +56,7 @@ pub fn load(
         .saturating_add(kv_bytes(options.slots, context, model.kv_bytes_per_token()));
     let mut engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
     let disk = options.kv_disk.as_ref();
-    let disk_error = disk.and_then(|options| engine.keep_on_disk(options).err());
+    let disk_error = disk.and_then(|options| engine.keep_on_disk(options, PRECISION).err());
     Ok(Loaded { prepare, engine, info, context, memory_bytes, disk_error })
 }
 

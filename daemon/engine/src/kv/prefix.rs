@@ -116,6 +116,11 @@ impl Prefix {
         }
     }
 
+    /// Whether a block is known.
+    pub fn has(&self, chain: &Chain) -> bool {
+        self.entries.contains_key(chain)
+    }
+
     /// Takes over a block, which the caller holds, whose keys and values came from disk. False, and
     /// the block is free again, where it is of no use: known already, or `before` it nothing is.
     pub fn restore(&mut self, pool: &mut Pool, before: Option<&Chain>, cached: Cached) -> bool {

@@ -361,7 +361,7 @@ impl Drop for Folder {
 /// An engine that keeps blocks in `folder` for a model of that number.
 fn open_on(folder: &Folder, name: &str, model: u8, n_blocks: Option<u32>) -> (Prepare, Engine) {
     let (prepare, mut engine) = open(name, 2, n_blocks);
-    engine.keep_on_disk(&folder.options(model)).expect("a folder");
+    engine.keep_on_disk(&folder.options(model), "fast").expect("a folder");
     (prepare, engine)
 }
 
@@ -397,6 +397,22 @@ fn another_process_goes_on_where_the_last_one_was() {
 }
 
 #[test]
+fn two_that_begin_alike_both_go_on_from_disk() {
+    let folder = Folder::new("alike");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let first = run_one(&prepare, &mut engine, request(ids.clone(), 20));
+    engine.flush(PATIENCE);
+    drop(engine);
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let both = run(&prepare, &mut engine, &[request(ids.clone(), 20), request(ids, 20)]);
+    for answer in both {
+        assert_eq!((answer.usage().cached_tokens, answer.text), (256, first.text.clone()));
+    }
+    assert_eq!(engine.stats().blocks_restored, 4, "each block once");
+}
+
+#[test]
 fn two_layouts_of_one_model_do_not_meet() {
     let folder = Folder::new("layouts");
     let (_, engine) = open_on(&folder, "llama-f16", 1, None);
@@ -404,13 +420,18 @@ fn two_layouts_of_one_model_do_not_meet() {
     let (_, Engine { model, tokenizer, .. }) = open("llama-f16", 1, None);
     let model = model.with_kv_type(v4_kernels::KvType::Bf16).expect("any head");
     let mut other = Engine::new(model, tokenizer, 64, 1).expect("memory");
-    other.keep_on_disk(&folder.options(1)).expect("a folder");
+    other.keep_on_disk(&folder.options(1), "fast").expect("a folder");
     assert_ne!(other.root, root);
     // Nor do two models whose first files are the same.
     let (_, mut third) = open("llama-f16", 1, None);
     let mut options = folder.options(1);
     options.models.push(Digest::from_bytes([2; 32]));
-    third.keep_on_disk(&options).expect("a folder");
+    third.keep_on_disk(&options, "fast").expect("a folder");
+    assert_ne!(third.root, root);
+    // Nor do two ways to compute it.
+    third.keep_on_disk(&folder.options(1), "fast").expect("a folder");
+    assert_eq!(third.root, root);
+    third.keep_on_disk(&folder.options(1), "quality").expect("a folder");
     assert_ne!(third.root, root);
 }
 
