@@ -216,8 +216,8 @@ impl Engine {
     }
 
     /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them;
-    /// those in the background make room for others. One whose blocks are on their way, from disk or
-    /// from a sequence that begins alike, keeps its place.
+    /// those in the background make room for others. One whose blocks are on their way, from disk
+    /// or from a sequence that begins alike, keeps its place.
     fn admit(&mut self) {
         let n = loop {
             let (now, running) = (Instant::now(), self.loads());

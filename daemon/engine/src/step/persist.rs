@@ -202,3 +202,18 @@ fn is_worth(block_bytes: usize, bytes_per_s: Option<f64>, tokens_per_s: Option<f
         _ => true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_read_where_that_is_faster() {
+        // A megabyte a block: 64 tokens at that rate are 0.64 s.
+        let is_worth = |bytes_per_s, tokens_per_s| is_worth(1 << 20, bytes_per_s, tokens_per_s);
+        assert!(is_worth(Some(1e9), Some(100.0)));
+        assert!(is_worth(Some(2e6), Some(100.0)));
+        assert!(!is_worth(Some(1e6), Some(100.0)));
+        assert!(is_worth(None, Some(1e9)) && is_worth(Some(1.0), None) && is_worth(None, None));
+    }
+}

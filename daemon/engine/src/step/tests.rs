@@ -846,3 +846,23 @@ fn nobody_who_waits_follows_the_background() {
     assert_eq!(engine.running.iter().map(|active| active.id).collect::<Vec<_>>(), [2, 1]);
     assert_eq!(engine.waiting.len(), 1);
 }
+
+#[test]
+fn a_disk_that_says_nothing_is_not_waited_for() {
+    let folder = Folder::new("stalled");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let first = run_one(&prepare, &mut engine, request(ids.clone(), 20));
+    engine.flush(PATIENCE);
+    drop(engine);
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    engine.submit(1, prepare.prepare(&request(ids, 20)).expect("a good request"));
+    assert!(engine.is_coming(0), "it was asked");
+    let Lookup::Coming { since, .. } = &mut engine.waiting[0].lookup else { panic!("it comes") };
+    *since = since.checked_sub(limits::FETCH_STALL * 2).expect("the clock began earlier");
+    engine.admit();
+    assert_eq!((engine.waiting.len(), engine.running.len()), (0, 1), "it is computed");
+    let mut answers = BTreeMap::new();
+    assert_eq!(watch(&mut engine, &mut answers), [1]);
+    assert_eq!(answers[&1].text, first.text);
+}
