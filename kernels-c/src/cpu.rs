@@ -102,12 +102,8 @@ impl Cpu {
 
 impl Device for Cpu {
     fn describe(&self) -> String {
-        let exact = if self.is_exact() { ", exact" } else { "" };
+        let exact = if self.isa.takes_whole(Quant::Q8_0) { "" } else { ", exact" };
         format!("cpu ({}, {} threads{exact})", self.isa.name(), self.pool.threads())
-    }
-
-    fn is_exact(&self) -> bool {
-        !self.isa.takes_whole(Quant::Q8_0)
     }
 
     fn set_threads(&mut self, threads: usize) {

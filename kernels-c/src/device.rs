@@ -411,9 +411,6 @@ pub trait Device: Send {
     /// The device and what it computes with, for people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
-    /// Whether products with blocks read floats: [`crate::cpu::CpuOptions::is_exact`].
-    fn is_exact(&self) -> bool;
-
     /// Computes with at most this many threads from now on: others need the cores.
     fn set_threads(&mut self, _threads: usize) {}
 

@@ -41,7 +41,8 @@ pub fn load(
         return Err(Error::unsupported(format!("the device {:?}", options.device)));
     }
     let threads = options.threads as usize;
-    let is_exact = options.precision == Precision::Quality;
+    let precision = options.precision;
+    let is_exact = precision == Precision::Quality;
     let cpu = Cpu::open(&CpuOptions { threads, isa: options.isa.clone(), is_exact })?;
     let model = Model::open(files, Box::new(cpu), progress)?;
     let model = model.with_kv_type(kv_type(options.kv_type))?;
@@ -54,7 +55,7 @@ pub fn load(
         .saturating_add(kv_bytes(options.slots, context, model.kv_bytes_per_token()));
     let mut engine = Engine::new(model, Arc::clone(prepare.tokenizer()), context, options.slots)?;
     let disk = options.kv_disk.as_ref();
-    let disk_error = disk.and_then(|options| engine.keep_on_disk(options).err());
+    let disk_error = disk.and_then(|options| engine.keep_on_disk(options, precision.name()).err());
     Ok(Loaded { prepare, engine, info, context, memory_bytes, disk_error })
 }
 

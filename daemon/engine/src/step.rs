@@ -1,6 +1,7 @@
 //! The loop: take sequences in, plan a step, run it, choose tokens, say what came of it.
 
 mod active;
+mod alike;
 mod draft;
 mod persist;
 
@@ -173,6 +174,7 @@ impl Engine {
         }
         self.steps += 1;
         self.measure(&plan, began.elapsed());
+        self.publish();
         self.save(limits::SAVE_STEP_BLOCKS);
         Ok(!self.is_idle())
     }
@@ -219,8 +221,8 @@ impl Engine {
     }
 
     /// Starts waiting sequences as far as there is room, with what the prefix cache knows of them;
-    /// those in the background make room for others. One whose blocks are on their way from disk
-    /// keeps its place.
+    /// those in the background make room for others. One whose blocks are on their way, from disk
+    /// or from a sequence that begins alike, keeps its place.
     fn admit(&mut self) {
         let n = loop {
             let (now, running) = (Instant::now(), self.loads());
@@ -233,7 +235,7 @@ impl Engine {
         };
         let mut at = 0;
         for _ in 0..n {
-            if self.is_coming(at) {
+            if self.is_coming(at) || self.follows(at) {
                 at += 1;
             } else if let Some(active) = self.waiting.remove(at) {
                 self.start(active);
@@ -245,6 +247,8 @@ impl Engine {
         let known = active.before_last();
         active.blocks = self.prefix.find(&mut self.pool, &active.chains[..known]);
         active.cached = active.blocks.len() * BLOCK_TOKENS;
+        active.published = active.blocks.len();
+        self.copy_alike(&mut active);
         active.started.get_or_insert_with(Instant::now);
         if !std::mem::replace(&mut active.was_admitted, true) {
             active.usage.cached_tokens = as_u32(active.cached);
@@ -264,7 +268,7 @@ impl Engine {
     fn give_back(&mut self, active: &mut Active) {
         self.root.extend(&mut active.chains, &active.tokens);
         let full = &active.chains[..active.cached / BLOCK_TOKENS];
-        self.prefix.keep(&mut self.pool, full, &active.blocks);
+        self.prefix.keep(&mut self.pool, full, &active.blocks, 0);
         for block in active.blocks.drain(..) {
             self.prefix.release(&mut self.pool, block);
         }

@@ -76,15 +76,22 @@ pub enum Precision {
     Quality,
 }
 
+impl Precision {
+    /// The name that settings use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Fast => "fast",
+            Precision::Quality => "quality",
+        }
+    }
+}
+
 impl FromStr for Precision {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "fast" => Ok(Precision::Fast),
-            "quality" => Ok(Precision::Quality),
-            _ => Err(format!("{name:?} is not fast or quality")),
-        }
+        let known = [Precision::Fast, Precision::Quality].into_iter().find(|it| it.name() == name);
+        known.ok_or_else(|| format!("{name:?} is not fast or quality"))
     }
 }
 

@@ -104,16 +104,26 @@ impl Prefix {
         true
     }
 
-    /// Keeps full blocks of a sequence, which holds them: `blocks` are those of `chains`. What is
-    /// known already stays.
-    pub fn keep(&mut self, pool: &mut Pool, chains: &[Chain], blocks: &[u32]) {
+    /// Keeps full blocks of a sequence, which holds them, from the one with `from` before it on:
+    /// `blocks` are those of `chains`. What is known already stays.
+    pub fn keep(&mut self, pool: &mut Pool, chains: &[Chain], blocks: &[u32], from: usize) {
         self.clock += 1;
-        for (depth, (&chain, &block)) in chains.iter().zip(blocks).enumerate() {
+        for (depth, (&chain, &block)) in chains.iter().zip(blocks).enumerate().skip(from) {
             if !self.used(&chain) {
                 pool.share(block);
                 self.insert(Cached { chain, depth, block }, self.saves);
             }
         }
+    }
+
+    /// How many of `chains` are known from the first on.
+    pub fn known(&self, chains: &[Chain]) -> usize {
+        chains.iter().take_while(|chain| self.has(chain)).count()
+    }
+
+    /// Whether a block is known.
+    pub fn has(&self, chain: &Chain) -> bool {
+        self.entries.contains_key(chain)
     }
 
     /// Takes over a block, which the caller holds, whose keys and values came from disk. False, and
@@ -214,7 +224,7 @@ mod tests {
         let mut prefix = Prefix::default();
         let known = chains(200, 0);
         let blocks = take(&mut pool, 4);
-        prefix.keep(&mut pool, &known, &blocks);
+        prefix.keep(&mut pool, &known, &blocks, 0);
         assert_eq!(prefix.n_idle(), 0, "the sequence still holds them");
         give_back(&mut prefix, &mut pool, &blocks);
         // Three blocks were full; the fourth is free again.
@@ -237,8 +247,8 @@ mod tests {
         let mut prefix = Prefix::default();
         let chains = chains(128, 0);
         let (first, second) = (take(&mut pool, 2), take(&mut pool, 2));
-        prefix.keep(&mut pool, &chains, &first);
-        prefix.keep(&mut pool, &chains, &second);
+        prefix.keep(&mut pool, &chains, &first, 0);
+        prefix.keep(&mut pool, &chains, &second, 0);
         give_back(&mut prefix, &mut pool, &second);
         assert_eq!((pool.n_free(), prefix.n_idle()), (6, 0), "the second's are free");
         give_back(&mut prefix, &mut pool, &first);
@@ -252,7 +262,7 @@ mod tests {
         let (old, new) = (chains(128, 0), chains(128, 1000));
         for chains in [&old, &new] {
             let blocks = take(&mut pool, 2);
-            prefix.keep(&mut pool, chains, &blocks);
+            prefix.keep(&mut pool, chains, &blocks, 0);
             give_back(&mut prefix, &mut pool, &blocks);
         }
         let held = prefix.find(&mut pool, &old[..1]);
@@ -299,8 +309,8 @@ mod tests {
         let mut prefix = Prefix::new(true);
         let chains = chains(192, 0);
         let blocks = take(&mut pool, 3);
-        prefix.keep(&mut pool, &chains[..2], &blocks);
-        prefix.keep(&mut pool, &chains, &blocks);
+        prefix.keep(&mut pool, &chains[..2], &blocks, 0);
+        prefix.keep(&mut pool, &chains, &blocks, 0);
         give_back(&mut prefix, &mut pool, &blocks);
         let first = prefix.next_unsaved().expect("three");
         assert_eq!(first, Cached { chain: chains[0], depth: 0, block: blocks[0] });
@@ -334,7 +344,7 @@ mod tests {
                 running.push((chains, blocks));
             } else if !running.is_empty() {
                 let (chains, blocks) = running.swap_remove(rng.below(running.len()));
-                prefix.keep(&mut pool, &chains, &blocks);
+                prefix.keep(&mut pool, &chains, &blocks, 0);
                 give_back(&mut prefix, &mut pool, &blocks);
             }
             let is_idle = |entry: &&Entry| pool.holders(entry.block) == 1;
@@ -355,7 +365,7 @@ mod tests {
         let began = Instant::now();
         let chains: Vec<Chain> = (0..N).map(|n| Chain::default().then(&[n])).collect();
         let blocks = take(&mut pool, N as usize);
-        prefix.keep(&mut pool, &chains, &blocks);
+        prefix.keep(&mut pool, &chains, &blocks, 0);
         give_back(&mut prefix, &mut pool, &blocks);
         for left in (0..N as usize).rev() {
             assert_eq!(prefix.n_idle(), left + 1);

@@ -49,6 +49,8 @@ pub(super) struct Active {
     pub blocks: Vec<u32>,
     /// What each full block of `tokens` holds.
     pub chains: Vec<Chain>,
+    /// Blocks that the prefix cache knows since the sequence is in the batch.
+    pub published: usize,
     /// Tokens that may follow, checked in this step.
     pub draft: Vec<u32>,
     /// What guesses them.
@@ -86,6 +88,7 @@ impl Active {
             cached: 0,
             blocks: Vec::new(),
             chains: Vec::new(),
+            published: 0,
             draft: Vec::new(),
             guesses: speculate::Lookup::default(),
             lookup: Lookup::Due,

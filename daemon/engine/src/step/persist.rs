@@ -23,11 +23,12 @@ pub(super) struct Persist {
 }
 
 impl Engine {
-    /// Keeps blocks on disk from now on, and takes up those that are there.
+    /// Keeps blocks on disk from now on, and takes up those that are there. `precision` names what
+    /// keys and values depend on beside the model and their type: the arithmetic of its products.
     ///
     /// # Errors
     /// [`Error::KvDisk`]: the folder cannot be used. The engine works without it.
-    pub fn keep_on_disk(&mut self, options: &KvDisk) -> Result<(), Error> {
+    pub fn keep_on_disk(&mut self, options: &KvDisk, precision: &str) -> Result<(), Error> {
         let digests: Vec<String> = options.models.iter().map(ToString::to_string).collect();
         // Without a digest nobody knows what the blocks would be of.
         let Some(first) = digests.first() else { return Ok(()) };
@@ -35,9 +36,7 @@ impl Engine {
         let disk = Disk::open(options, &name, self.kv.shape.block_bytes());
         let disk = disk.map_err(|source| Error::KvDisk { path: options.root.clone(), source })?;
         let shape = format!("{:?}", self.kv.shape);
-        // What computes them is a part of what they are: products that are exact are others.
-        let precision = if self.model.device_mut().is_exact() { "exact" } else { "int8" };
-        let mut parts = vec![BLOCK_LAYOUT, self.kv.shape.kv_type.name(), precision, &shape];
+        let mut parts = vec![BLOCK_LAYOUT, precision, &shape];
         parts.extend(digests.iter().map(String::as_str));
         self.root = Chain::root(&parts);
         self.prefix = Prefix::new(true);
@@ -172,15 +171,20 @@ impl Engine {
 
     /// Puts the next block of a waiting sequence into the prefix cache; false where no more can.
     fn restore(&mut self, at: usize, bytes: &[u8]) -> bool {
-        let Some(block) = self.try_take_block() else { return false };
-        self.kv.write_block(block, bytes);
         let active = &mut self.waiting[at];
         let Lookup::Coming { next, since, .. } = &mut active.lookup else { return false };
         let depth = *next;
         (*next, *since) = (depth + 1, Instant::now());
-        let before = depth.checked_sub(1).map(|before| &active.chains[before]);
-        let cached = Cached { chain: active.chains[depth], depth, block };
-        let is_kept = self.prefix.restore(&mut self.pool, before, cached);
+        let chain = active.chains[depth];
+        let before = depth.checked_sub(1).map(|before| active.chains[before]);
+        if self.prefix.has(&chain) {
+            // Another sequence that begins alike was faster.
+            return true;
+        }
+        let Some(block) = self.try_take_block() else { return false };
+        self.kv.write_block(block, bytes);
+        let cached = Cached { chain, depth, block };
+        let is_kept = self.prefix.restore(&mut self.pool, before.as_ref(), cached);
         if let Some(persist) = &mut self.persist {
             persist.n_restored += u64::from(is_kept);
         }
@@ -196,5 +200,20 @@ fn is_worth(block_bytes: usize, bytes_per_s: Option<f64>, tokens_per_s: Option<f
             block_bytes as f64 / bytes_per_s < BLOCK_TOKENS as f64 / tokens_per_s
         }
         _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_read_where_that_is_faster() {
+        // A megabyte a block: 64 tokens at that rate are 0.64 s.
+        let is_worth = |bytes_per_s, tokens_per_s| is_worth(1 << 20, bytes_per_s, tokens_per_s);
+        assert!(is_worth(Some(1e9), Some(100.0)));
+        assert!(is_worth(Some(2e6), Some(100.0)));
+        assert!(!is_worth(Some(1e6), Some(100.0)));
+        assert!(is_worth(None, Some(1e9)) && is_worth(Some(1.0), None) && is_worth(None, None));
     }
 }

@@ -362,7 +362,7 @@ impl Drop for Folder {
 /// An engine that keeps blocks in `folder` for a model of that number.
 fn open_on(folder: &Folder, name: &str, model: u8, n_blocks: Option<u32>) -> (Prepare, Engine) {
     let (prepare, mut engine) = open(name, 2, n_blocks);
-    engine.keep_on_disk(&folder.options(model)).expect("a folder");
+    engine.keep_on_disk(&folder.options(model), "fast").expect("a folder");
     (prepare, engine)
 }
 
@@ -398,6 +398,22 @@ fn another_process_goes_on_where_the_last_one_was() {
 }
 
 #[test]
+fn two_that_begin_alike_both_go_on_from_disk() {
+    let folder = Folder::new("alike");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let first = run_one(&prepare, &mut engine, request(ids.clone(), 20));
+    engine.flush(PATIENCE);
+    drop(engine);
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let both = run(&prepare, &mut engine, &[request(ids.clone(), 20), request(ids, 20)]);
+    for answer in both {
+        assert_eq!((answer.usage().cached_tokens, answer.text), (256, first.text.clone()));
+    }
+    assert_eq!(engine.stats().blocks_restored, 4, "each block once");
+}
+
+#[test]
 fn two_layouts_of_one_model_do_not_meet() {
     let folder = Folder::new("layouts");
     let (_, engine) = open_on(&folder, "llama-f16", 1, None);
@@ -405,13 +421,18 @@ fn two_layouts_of_one_model_do_not_meet() {
     let (_, Engine { model, tokenizer, .. }) = open("llama-f16", 1, None);
     let model = model.with_kv_type(v4_kernels::KvType::Bf16).expect("any head");
     let mut other = Engine::new(model, tokenizer, 64, 1).expect("memory");
-    other.keep_on_disk(&folder.options(1)).expect("a folder");
+    other.keep_on_disk(&folder.options(1), "fast").expect("a folder");
     assert_ne!(other.root, root);
     // Nor do two models whose first files are the same.
     let (_, mut third) = open("llama-f16", 1, None);
     let mut options = folder.options(1);
     options.models.push(Digest::from_bytes([2; 32]));
-    third.keep_on_disk(&options).expect("a folder");
+    third.keep_on_disk(&options, "fast").expect("a folder");
+    assert_ne!(third.root, root);
+    // Nor do two ways to compute it.
+    third.keep_on_disk(&folder.options(1), "fast").expect("a folder");
+    assert_eq!(third.root, root);
+    third.keep_on_disk(&folder.options(1), "quality").expect("a folder");
     assert_ne!(third.root, root);
 }
 
@@ -745,4 +766,105 @@ fn a_prompt_that_is_read_is_cancelled_with_the_next_step() {
     };
     engine.step(&mut take).expect("it works");
     assert_eq!((ended.as_slice(), engine.running.len()), (&[(2, Finish::Cancelled)][..], 1));
+}
+
+#[test]
+fn prompts_that_begin_alike_are_read_once() {
+    let long = golden("llama-f16", "long.input_ids");
+    let with = |n: usize, more: &[u32]| [&long[..n], more].concat();
+    let drawn = |seed| Generate {
+        sampling: SamplingParams { seed: Some(seed), ..SamplingParams::default() },
+        ..request(long.clone(), 20)
+    };
+    // Three answers to one prompt, one that begins like it, and one that leaves it in a block.
+    let requests = [
+        drawn(1),
+        drawn(2),
+        drawn(3),
+        request(with(230, &[9; 40]), 20),
+        request(with(70, &[8; 60]), 20),
+    ];
+    let expected: Vec<Answer> = requests
+        .iter()
+        .map(|request| {
+            let (prepare, mut engine) = open("llama-f16", 1, None);
+            run_one(&prepare, &mut engine, request.clone())
+        })
+        .collect();
+    for slots in [5, 2] {
+        let (prepare, mut engine) = open("llama-f16", slots, None);
+        let answers = run(&prepare, &mut engine, &requests);
+        assert_same(&answers, &expected, "together");
+        let cached: Vec<u32> = answers.iter().map(|answer| answer.usage().cached_tokens).collect();
+        assert_eq!(cached[0], 0);
+        if slots == 5 {
+            // All of the prompt but its last token, also of a block that is not full.
+            assert_eq!(cached[1..3], [299, 299]);
+            assert_eq!(cached[3..], [230, 64], "so far as they are alike");
+        }
+        assert!(cached[1..].iter().all(|&cached| cached >= 64), "{cached:?}");
+    }
+}
+
+#[test]
+fn what_a_running_sequence_has_read_outlives_it() {
+    let folder = Folder::new("running");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    engine.submit(1, prepare.prepare(&request(ids.clone(), 200)).expect("a good request"));
+    for _ in 0..20 {
+        assert!(engine.step(&mut |_, _| {}).expect("it works"), "it runs");
+    }
+    // Killed in the middle of the answer.
+    assert_eq!(engine.stats().blocks_saved, 4);
+    engine.flush(PATIENCE);
+    drop(engine);
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let again = run_one(&prepare, &mut engine, request(ids, 5));
+    assert_eq!(again.usage().cached_tokens, 256);
+}
+
+#[test]
+fn nobody_who_waits_follows_the_background() {
+    let (prepare, mut engine) = open("llama-f16", 3, None);
+    let ids = golden("llama-f16", "long.input_ids");
+    let background = Generate { lane: Lane::Background, ..request(ids.clone(), 5) };
+    for (id, request) in [(1, &background), (2, &request(ids, 5)), (3, &background)] {
+        engine.submit(id, prepare.prepare(request).expect("a good request"));
+    }
+    // The urgent one is first; then each of the others waits for what it reads.
+    engine.step(&mut |_, _| {}).expect("it works");
+    assert_eq!(engine.running.iter().map(|active| active.id).collect::<Vec<_>>(), [2]);
+    let (prepare, mut engine) = open("llama-f16", 3, None);
+    let submit = |engine: &mut Engine, id, request: &Generate| {
+        engine.submit(id, prepare.prepare(request).expect("a good request"));
+    };
+    submit(&mut engine, 1, &background);
+    engine.step(&mut |_, _| {}).expect("it works");
+    assert!(engine.running[0].load(Instant::now()).pending > 1, "it reads yet");
+    submit(&mut engine, 2, &Generate { lane: Lane::Interactive, ..background.clone() });
+    submit(&mut engine, 3, &background);
+    engine.admit();
+    assert_eq!(engine.running.iter().map(|active| active.id).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(engine.waiting.len(), 1);
+}
+
+#[test]
+fn a_disk_that_says_nothing_is_not_waited_for() {
+    let folder = Folder::new("stalled");
+    let ids = golden("llama-f16", "long.input_ids");
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    let first = run_one(&prepare, &mut engine, request(ids.clone(), 20));
+    engine.flush(PATIENCE);
+    drop(engine);
+    let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
+    engine.submit(1, prepare.prepare(&request(ids, 20)).expect("a good request"));
+    assert!(engine.is_coming(0), "it was asked");
+    let Lookup::Coming { since, .. } = &mut engine.waiting[0].lookup else { panic!("it comes") };
+    *since = since.checked_sub(limits::FETCH_STALL * 2).expect("the clock began earlier");
+    engine.admit();
+    assert_eq!((engine.waiting.len(), engine.running.len()), (0, 1), "it is computed");
+    let mut answers = BTreeMap::new();
+    assert_eq!(watch(&mut engine, &mut answers), [1]);
+    assert_eq!(answers[&1].text, first.text);
 }

@@ -217,10 +217,6 @@ impl Device for Metered {
         self.device.describe()
     }
 
-    fn is_exact(&self) -> bool {
-        self.device.is_exact()
-    }
-
     fn set_threads(&mut self, threads: usize) {
         self.device.set_threads(threads);
     }
