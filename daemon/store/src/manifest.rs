@@ -54,7 +54,7 @@ impl Role {
     ];
 
     /// Roles and the media types of other tools: OCI ModelPack's and Docker's. A layer of ModelPack
-    /// that is an archive is not read, so it has no role here.
+    /// that is an archive is unpacked on its way here, so it has no role.
     const OTHERS: [(Role, &'static str); 5] = [
         (Role::Model, "application/vnd.cncf.model.weight.v1.raw"),
         (Role::Model, "application/vnd.docker.ai.gguf.v3"),

@@ -202,8 +202,8 @@ impl Plan {
         Some(share)
     }
 
-    /// The next range: a share of what is left for each of them, within bounds. It ends where a part
-    /// of a chain does, so that a part that turns out wrong is one mirror's.
+    /// The next range: a share of what is left for each of them, within bounds. It ends where a
+    /// part of a chain does, so that a part that turns out wrong is one mirror's.
     fn next(&mut self, n_workers: usize, mirror: usize) -> Option<Share> {
         let left: u64 = self.gaps.iter().map(|gap| gap.end - gap.start).sum();
         let gap = self.gaps.front_mut()?;
