@@ -106,6 +106,7 @@ struct Seen {
     body_bytes: usize,
     n_left: usize,
     n_dripped: usize,
+    n_slow: usize,
 }
 
 struct Shared {
@@ -159,6 +160,11 @@ impl Server {
     /// Bytes of bodies that were sent so far.
     pub fn body_bytes(&self) -> usize {
         self.shared.seen.lock().unwrap().body_bytes
+    }
+
+    /// Bytes that were sent slowly so far.
+    pub fn slow_bytes(&self) -> usize {
+        self.shared.seen.lock().unwrap().n_slow
     }
 
     /// Bytes that were dripped so far.
@@ -226,6 +232,7 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
     match reply.end {
         End::Slow(n) => {
             for piece in reply.body.chunks(n) {
+                shared.seen.lock().unwrap().n_slow += piece.len();
                 stream.write_all(piece).ok()?;
                 thread::park_timeout(Duration::from_millis(1));
             }
