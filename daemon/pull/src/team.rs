@@ -241,8 +241,7 @@ impl Team {
         doubted.for_each(|member| member.trust = Trust::Asked);
     }
 
-    /// Doubts whoever brought one of these parts alone; where nobody did, whoever brought some of
-    /// it.
+    /// Doubts whoever brought one of these parts alone; where nobody did, whoever brought some.
     fn doubt_parts(&mut self, wrong: &[Range<u64>]) {
         let had_some = |brought: &Ranges, part: &Range<u64>| brought.has_any(part.clone());
         let helpers = |part: &Range<u64>| -> Vec<usize> {

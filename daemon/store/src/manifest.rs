@@ -64,7 +64,7 @@ impl Role {
     ];
 
     /// Roles and the media types of other tools: OCI ModelPack's and Docker's. A layer of ModelPack
-    /// that is an archive is not read, so it has no role here.
+    /// that is an archive is unpacked on its way here, so it has no role.
     const OTHERS: [(Role, &'static str); 7] = [
         (Role::Model, FOLDER_WEIGHTS_TYPE),
         (Role::Config, FOLDER_CONFIG_TYPE),

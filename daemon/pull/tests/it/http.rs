@@ -125,6 +125,8 @@ async fn one_that_drips_is_a_stall_however_often_a_byte_comes() {
     world.pull_well("m").await;
     server.wait_until_left();
     assert_eq!(server.requests().len(), 3);
+    // 300 ms are patience for 15 bytes of each.
+    assert!(server.dripped() < 150, "{} bytes were waited for", server.dripped());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,6 +3,7 @@
 // A test that fails may panic, wherever it does.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod archive;
 // Shared with the store's tests, which use the rest of it.
 #[allow(dead_code)]
 #[path = "../../../store/tests/it/fault_fs.rs"]

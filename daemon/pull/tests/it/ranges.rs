@@ -232,6 +232,7 @@ async fn ranges_that_lie_about_their_length_or_drip_cost_themselves_only() {
     world.recipe("m", &data, &[format!("{}/f", server.url())]);
     world.pull_well("m").await;
     server.wait_until_left();
+    assert!(server.dripped() < 150, "{} bytes were waited for", server.dripped());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

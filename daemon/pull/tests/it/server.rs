@@ -105,6 +105,8 @@ struct Seen {
     requests: Vec<Request>,
     body_bytes: usize,
     n_left: usize,
+    n_dripped: usize,
+    n_slow: usize,
 }
 
 struct Shared {
@@ -158,6 +160,16 @@ impl Server {
     /// Bytes of bodies that were sent so far.
     pub fn body_bytes(&self) -> usize {
         self.shared.seen.lock().unwrap().body_bytes
+    }
+
+    /// Bytes that were sent slowly so far.
+    pub fn slow_bytes(&self) -> usize {
+        self.shared.seen.lock().unwrap().n_slow
+    }
+
+    /// Bytes that were dripped so far.
+    pub fn dripped(&self) -> usize {
+        self.shared.seen.lock().unwrap().n_dripped
     }
 
     /// Waits until a client has left a stalled answer.
@@ -220,6 +232,7 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
     match reply.end {
         End::Slow(n) => {
             for piece in reply.body.chunks(n) {
+                shared.seen.lock().unwrap().n_slow += piece.len();
                 stream.write_all(piece).ok()?;
                 thread::park_timeout(Duration::from_millis(1));
             }
@@ -239,6 +252,7 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
 /// Sends a byte every few milliseconds, until the client has had enough.
 fn drip(stream: &mut TcpStream, bytes: &[u8], shared: &Shared) -> Option<()> {
     for byte in bytes {
+        shared.seen.lock().unwrap().n_dripped += 1;
         if stream.write_all(&[*byte]).is_err() {
             shared.seen.lock().unwrap().n_left += 1;
             shared.changed.notify_all();

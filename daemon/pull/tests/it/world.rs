@@ -102,6 +102,7 @@ pub struct World {
 pub fn config(index_url: &str) -> PullConfig {
     PullConfig {
         index_url: index_url.to_owned(),
+        npm_url: index_url.to_owned(),
         registries: Vec::new(),
         hf_endpoint: "http://127.0.0.1:1".to_owned(),
         hf_token: None,
