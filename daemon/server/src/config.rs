@@ -371,39 +371,41 @@ mod tests {
         assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
     }
 
+    /// Every variable, set to something that is not its default.
+    const SET: &[(&str, &str)] = &[
+        ("V4_HOME", "/h"),
+        ("V4_LISTEN", "off"),
+        ("V4_SOCKET", "/s"),
+        ("V4_KEEP_ALIVE", "-1"),
+        ("V4_CONTEXT", "2048"),
+        ("V4_SLOTS", "7"),
+        ("V4_THREADS", "3"),
+        ("V4_KV_TYPE", "q8_0"),
+        ("V4_PRECISION", "quality"),
+        ("V4_KV_DISK", "off"),
+        ("V4_TRUNCATE", "off"),
+        ("V4_MAX_QUEUE", "9"),
+        ("V4_MEMORY", "6GiB"),
+        ("V4_INDEX_URL", "http://127.0.0.1:1"),
+        ("V4_NPM_URL", "http://npm"),
+        ("V4_REGISTRY", "http://m:5000/, https://r.example"),
+        ("HF_ENDPOINT", "http://hub"),
+        ("HF_TOKEN", "t"),
+        ("V4_AUTH_FILE", "/a"),
+        ("V4_OLLAMA_KEY", "/k"),
+        ("V4_POLICY", "/p"),
+        ("V4_PEERS", "http://10.0.0.2:11434, https://key@box/"),
+        ("V4_LIMIT_RATE", "2M"),
+        ("V4_QUOTA", "200G"),
+        ("V4_QUOTA_EVICT", "on"),
+        ("V4_ORIGINS", " https://a.example/, *"),
+        ("V4_LOG", "debug"),
+        ("V4_LOG_FILE", "/l"),
+    ];
+
     #[test]
     fn every_variable_is_honoured_and_switches_come_first() {
-        let set = [
-            ("V4_HOME", "/h"),
-            ("V4_LISTEN", "off"),
-            ("V4_SOCKET", "/s"),
-            ("V4_KEEP_ALIVE", "-1"),
-            ("V4_CONTEXT", "2048"),
-            ("V4_SLOTS", "7"),
-            ("V4_THREADS", "3"),
-            ("V4_KV_TYPE", "q8_0"),
-            ("V4_PRECISION", "quality"),
-            ("V4_KV_DISK", "off"),
-            ("V4_TRUNCATE", "off"),
-            ("V4_MAX_QUEUE", "9"),
-            ("V4_MEMORY", "6GiB"),
-            ("V4_INDEX_URL", "http://127.0.0.1:1"),
-            ("V4_NPM_URL", "http://npm"),
-            ("V4_REGISTRY", "http://m:5000/, https://r.example"),
-            ("HF_ENDPOINT", "http://hub"),
-            ("HF_TOKEN", "t"),
-            ("V4_AUTH_FILE", "/a"),
-            ("V4_OLLAMA_KEY", "/k"),
-            ("V4_POLICY", "/p"),
-            ("V4_PEERS", "http://10.0.0.2:11434, https://key@box/"),
-            ("V4_LIMIT_RATE", "2M"),
-            ("V4_QUOTA", "200G"),
-            ("V4_QUOTA_EVICT", "on"),
-            ("V4_ORIGINS", " https://a.example/, *"),
-            ("V4_LOG", "debug"),
-            ("V4_LOG_FILE", "/l"),
-        ];
-        let config = load(&Given::default(), &set).expect("valid");
+        let config = load(&Given::default(), SET).expect("valid");
         let expected = Config {
             home: "/h".into(),
             listen: None,
@@ -440,7 +442,7 @@ mod tests {
             listen: Some("0.0.0.0:80".to_owned()),
             background: true,
         };
-        let config = load(&given, &set[..1]).expect("valid");
+        let config = load(&given, SET[..1]).expect("valid");
         assert_eq!(config.home, PathBuf::from("/g"));
         assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));
         assert_eq!(config.log_file, Some("/g/v4.log".into()));

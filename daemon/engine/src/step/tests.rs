@@ -408,7 +408,9 @@ fn two_that_begin_alike_both_go_on_from_disk() {
     let (prepare, mut engine) = open_on(&folder, "llama-f16", 1, None);
     let both = run(&prepare, &mut engine, &[request(ids.clone(), 20), request(ids, 20)]);
     for answer in both {
-        assert_eq!((answer.usage().cached_tokens, answer.text), (256, first.text.clone()));
+        // Whichever comes second may take what the first has computed by then, too.
+        assert!(answer.usage().cached_tokens >= 256, "{:?}", answer.usage());
+        assert_eq!(answer.text, first.text);
     }
     assert_eq!(engine.stats().blocks_restored, 4, "each block once");
 }
