@@ -442,7 +442,7 @@ mod tests {
             listen: Some("0.0.0.0:80".to_owned()),
             background: true,
         };
-        let config = load(&given, SET[..1]).expect("valid");
+        let config = load(&given, &SET[..1]).expect("valid");
         assert_eq!(config.home, PathBuf::from("/g"));
         assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));
         assert_eq!(config.log_file, Some("/g/v4.log".into()));
