@@ -1,7 +1,7 @@
 //! A loopback package index that speaks the JSON API and ranges, and can misbehave.
 
 use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -91,6 +91,37 @@ impl Index {
     }
 }
 
+/// What a client asks for.
+pub(crate) struct Asked {
+    pub method: String,
+    pub path: String,
+    /// Behind `bytes=`.
+    pub range: Option<String>,
+}
+
+/// The next request of a connection; `None` at its end.
+pub(crate) fn asked(reader: &mut impl BufRead) -> std::io::Result<Option<Asked>> {
+    let mut request = String::new();
+    if reader.read_line(&mut request)? == 0 {
+        return Ok(None);
+    }
+    let mut range = None;
+    loop {
+        let mut field = String::new();
+        reader.read_line(&mut field)?;
+        let field = field.trim().to_lowercase();
+        if field.is_empty() {
+            break;
+        }
+        if let Some(bytes) = field.strip_prefix("range: bytes=") {
+            range = Some(bytes.to_owned());
+        }
+    }
+    let mut words = request.split(' ').map(str::to_owned);
+    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    Ok(Some(Asked { method, path, range }))
+}
+
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().expect("no thread of the index panics")
 }
@@ -99,27 +130,10 @@ fn serve(mut wire: TcpStream, base: &str, state: &Mutex<State>) -> std::io::Resu
     wire.set_read_timeout(Some(DEADLINE))?;
     let mut reader = BufReader::new(wire.try_clone()?);
     loop {
-        let mut request = String::new();
-        if reader.read_line(&mut request)? == 0 {
-            return Ok(());
-        }
-        let mut range = None;
-        loop {
-            let mut field = String::new();
-            reader.read_line(&mut field)?;
-            let field = field.trim().to_lowercase();
-            if field.is_empty() {
-                break;
-            }
-            if let Some(bytes) = field.strip_prefix("range: bytes=") {
-                range = Some(bytes.to_owned());
-            }
-        }
-        let mut words = request.split(' ');
-        let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+        let Some(Asked { method, path, range }) = asked(&mut reader)? else { return Ok(()) };
         let asked = format!("{method} {path} {}", range.as_deref().unwrap_or("-"));
         lock(state).asked.push(asked);
-        if !answer(&mut wire, base, state, path, range.as_deref())? {
+        if !answer(&mut wire, base, state, &path, range.as_deref())? {
             return Ok(());
         }
     }

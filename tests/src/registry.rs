@@ -1,7 +1,7 @@
 //! A loopback registry that serves manifests and blobs in ranges, and counts what it sends.
 
 use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -11,7 +11,7 @@ use v4_proto::Digest;
 
 use crate::DEADLINE;
 use crate::home::digest;
-use crate::index::bounds;
+use crate::index::{Asked, asked, bounds};
 
 #[derive(Default)]
 struct State {
@@ -158,28 +158,11 @@ fn serve(mut wire: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     wire.set_read_timeout(Some(DEADLINE))?;
     let mut reader = BufReader::new(wire.try_clone()?);
     loop {
-        let mut request = String::new();
-        if reader.read_line(&mut request)? == 0 {
-            return Ok(());
-        }
-        let mut range = None;
-        loop {
-            let mut field = String::new();
-            reader.read_line(&mut field)?;
-            let field = field.trim().to_lowercase();
-            if field.is_empty() {
-                break;
-            }
-            if let Some(bytes) = field.strip_prefix("range: bytes=") {
-                range = Some(bytes.to_owned());
-            }
-        }
-        let mut words = request.split(' ');
-        let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+        let Some(Asked { method, path, range }) = asked(&mut reader)? else { return Ok(()) };
         let body = {
             let mut state = lock(state);
             state.asked.push(format!("{method} {path} {}", range.as_deref().unwrap_or("-")));
-            state.bodies.get(path).cloned()
+            state.bodies.get(&path).cloned()
         };
         let Some((media_type, bytes)) = body else {
             wire.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")?;

@@ -162,19 +162,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn deleted(&self) -> Result<Vec<Entry>, StoreError> {
-        let mut entries = Vec::new();
-        for name in self.tree.deleted_names()? {
-            match self.tree.read_deleted(&name) {
-                Ok(Some(Record { name, digest, manifest, modified })) => {
-                    let size_bytes = manifest.size_bytes();
-                    entries.push(Entry { name, digest, size_bytes, modified });
-                }
-                Ok(None) | Err(StoreError::Manifest { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        entries.sort_by(|a, b| b.modified.cmp(&a.modified).then_with(|| a.name.cmp(&b.name)));
-        Ok(entries)
+        let names = self.tree.deleted_names()?;
+        crate::entries(names.iter().map(|name| self.tree.read_deleted(name)))
     }
 
     /// Brings a deleted name back. Returns whether there was one.

@@ -139,19 +139,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn names(&self) -> Result<Vec<Entry>, StoreError> {
-        let mut entries = Vec::new();
-        for name in self.tree.manifest_names()? {
-            match self.tree.read_record(&name) {
-                Ok(Some(Record { name, digest, manifest, modified })) => {
-                    let size_bytes = manifest.size_bytes();
-                    entries.push(Entry { name, digest, size_bytes, modified });
-                }
-                Ok(None) | Err(StoreError::Manifest { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        entries.sort_by(|a, b| b.modified.cmp(&a.modified).then_with(|| a.name.cmp(&b.name)));
-        Ok(entries)
+        let names = self.tree.manifest_names()?;
+        entries(names.iter().map(|name| self.tree.read_record(name)))
     }
 
     /// What a name points to. Letter case does not count.
@@ -465,4 +454,23 @@ impl Store {
         }
         Ok(self.tree.manifest_names()?.into_iter().find(|stored| stored.matches(name)))
     }
+}
+
+/// What was read, newest first, without the manifests that are damaged.
+fn entries(
+    records: impl Iterator<Item = Result<Option<Record>, StoreError>>,
+) -> Result<Vec<Entry>, StoreError> {
+    let mut entries = Vec::new();
+    for record in records {
+        match record {
+            Ok(Some(Record { name, digest, manifest, modified })) => {
+                let size_bytes = manifest.size_bytes();
+                entries.push(Entry { name, digest, size_bytes, modified });
+            }
+            Ok(None) | Err(StoreError::Manifest { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    entries.sort_by(|a, b| b.modified.cmp(&a.modified).then_with(|| a.name.cmp(&b.name)));
+    Ok(entries)
 }
