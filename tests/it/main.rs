@@ -12,6 +12,7 @@ mod chat;
 mod cli;
 mod crash;
 mod keep;
+mod metrics;
 mod peer;
 mod persist;
 mod pull;

@@ -261,6 +261,34 @@ fn every_error_code_is_in_the_reference() {
     none(&breaches);
 }
 
+/// The metrics that a source introduces: texts that begin as their names do.
+fn metrics(source: &str) -> BTreeSet<&str> {
+    let words = product(source).split('"').skip(1).step_by(2);
+    let is_name = |word: &&str| {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+        (word.starts_with("v4_") || word.starts_with("vllm:")) && word.chars().all(is_plain)
+    };
+    words.filter(is_name).collect()
+}
+
+#[test]
+fn every_metric_is_in_the_reference() {
+    let example =
+        "const A: F = gauge(\"v4_a\", \"What v4_b is.\");\nh(\"vllm:c\");\n#[cfg(test)]\"v4_d\"";
+    assert_eq!(metrics(example), BTreeSet::from(["v4_a", "vllm:c"]));
+    let source = "daemon/server/src/api/prometheus.rs";
+    let source = fs::read_to_string(root().join(source)).expect("the list of metrics");
+    let page = fs::read_to_string(root().join("docs/reference.md")).expect("docs/reference.md");
+    let found = metrics(&source);
+    assert!(found.contains("v4_model_loads_total"), "the metrics were found: {found:?}");
+    let breaches: Vec<String> = found
+        .into_iter()
+        .filter(|name| !page.contains(&format!("`{name}`")))
+        .map(|name| format!("docs/reference.md does not explain {name}"))
+        .collect();
+    none(&breaches);
+}
+
 /// Everything of a source before its tests, which stand at its end.
 fn product(text: &str) -> &str {
     text.split("#[cfg(test)]").next().unwrap_or_default()

@@ -291,6 +291,11 @@ impl Jobs {
         self.0.fetcher.pace.rate()
     }
 
+    /// Bytes that pulls took from their sources since the start.
+    pub fn bytes(&self) -> u64 {
+        self.0.fetcher.pace.taken()
+    }
+
     /// Sets the bytes a second of all pulls together, from now on.
     pub fn set_rate(&self, rate: Option<NonZeroU64>) {
         self.0.fetcher.pace.set(rate);

@@ -2,7 +2,10 @@
 
 use std::{
     num::NonZeroU64,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,12 +19,15 @@ pub struct Pace {
     rate: watch::Sender<Option<NonZeroU64>>,
     /// When all bytes that were let through are paid for.
     paid: Mutex<Instant>,
+    /// Bytes that were let through since the start.
+    taken: AtomicU64,
 }
 
 impl Pace {
     /// At most so many bytes a second; `None` is as fast as they come.
     pub fn new(rate: Option<NonZeroU64>) -> Self {
-        Self { rate: watch::Sender::new(rate), paid: Mutex::new(Instant::now()) }
+        let (rate, paid) = (watch::Sender::new(rate), Mutex::new(Instant::now()));
+        Self { rate, paid, taken: AtomicU64::new(0) }
     }
 
     /// Another bound from now on, also for those who wait.
@@ -35,8 +41,14 @@ impl Pace {
         *self.rate.borrow()
     }
 
+    /// Bytes that were let through since the start.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
     /// Waits until `n` more bytes may come.
     pub(crate) async fn take(&self, n: u64) {
+        self.taken.fetch_add(n, Ordering::Relaxed);
         let mut rates = self.rate.subscribe();
         loop {
             let Some(rate) = *rates.borrow_and_update() else { return };
@@ -91,6 +103,7 @@ mod tests {
             pace.set(NonZeroU64::new(u64::MAX));
         });
         pace.set(None);
-        pace.take(u64::MAX).await;
+        pace.take(2_000_000).await;
+        assert_eq!(pace.taken(), 3_000_000);
     }
 }

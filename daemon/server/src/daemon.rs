@@ -11,7 +11,7 @@ use v4_pull::Jobs;
 use v4_store::{Store, StoreError};
 use v4_supervisor::Supervisor;
 
-use crate::limits;
+use crate::{limits, ops::metrics::Requests};
 
 /// The parts of a running daemon. Shared as `Arc<Daemon>`.
 pub struct Daemon {
@@ -25,6 +25,8 @@ pub struct Daemon {
     pub listen: OnceLock<SocketAddr>,
     /// Whether conversations that do not fit may lose their oldest turns.
     pub truncates: bool,
+    /// How often what was asked.
+    pub requests: Requests,
     /// The figures of models asked for lately, by the digest of their weights.
     known: Mutex<HashMap<Digest, ModelInfo>>,
 }
@@ -33,7 +35,8 @@ impl Daemon {
     /// A daemon of these parts.
     pub fn new(store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
         let (listen, known) = (OnceLock::new(), Mutex::default());
-        Self { store, jobs, supervisor, listen, truncates: true, known }
+        let requests = Requests::default();
+        Self { store, jobs, supervisor, listen, truncates: true, requests, known }
     }
 
     /// Calls the store, which blocks, on a thread that may.

@@ -20,7 +20,7 @@ use matchit::Router;
 use v4_proto::{Digest, Fault, Lane};
 
 use crate::{
-    api::{Encode, bytes, ollama, openai, wanted},
+    api::{Encode, bytes, ollama, openai, prometheus, wanted},
     body::{Body, Line, Reader},
     daemon::Daemon,
     error::{self, Refusal},
@@ -29,7 +29,7 @@ use crate::{
     ops::{
         blobs, care, create,
         generate::{self, Ask, Running, Started, Step},
-        import, models, ps, pull,
+        import, metrics, models, ps, pull,
     },
     options,
 };
@@ -47,6 +47,7 @@ pub enum Surface {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Op {
     Alive,
+    Metrics,
     Version,
     List,
     Loaded,
@@ -87,8 +88,9 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 32] = [
+static ROUTES: [Route; 33] = [
     route(Method::GET, "/", Surface::Ollama, Op::Alive),
+    route(Method::GET, "/metrics", Surface::Ollama, Op::Metrics),
     route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
     route(Method::GET, "/api/ps", Surface::Ollama, Op::Loaded),
@@ -181,7 +183,10 @@ impl Service {
         let id = self.requests.fetch_add(1, Ordering::Relaxed);
         let path: String = request.uri().path().chars().take(limits::ECHO_CHARS).collect();
         let what = format!("{} {path:?}", request.method());
-        let is_whole = request.method() == Method::HEAD;
+        let method = request.method().clone();
+        let is_whole = method == Method::HEAD;
+        let found = self.router.at(request.uri().path());
+        let route = found.map_or(metrics::OTHER, |found| found.value[0].path);
         let mut response = match self.guard.judge(request.method(), request.headers(), is_tcp) {
             Verdict::Refuse => plain(StatusCode::FORBIDDEN, ""),
             Verdict::Preflight(headers) => with(plain(StatusCode::NO_CONTENT, ""), headers),
@@ -190,6 +195,7 @@ impl Service {
         let number = HeaderValue::from(id);
         response.headers_mut().insert("x-request-id", number);
         let status = response.status().as_u16();
+        self.daemon.requests.count(&method, route, status);
         let line = Line { id, what, status, began, bytes: 0, is_whole };
         response.map(|body| body.logged(line))
     }
@@ -398,6 +404,10 @@ impl Service {
     /// The routes that only look.
     async fn look(&self, op: Op) -> Result<Response<Body>, Fault> {
         Ok(match op {
+            Op::Metrics => {
+                let snapshot = metrics::read(&self.daemon).await;
+                typed(prometheus::TYPE, Body::whole(prometheus::page(&snapshot)))
+            }
             Op::Version => {
                 json(ollama::JSON_TYPE, ollama::listing::version(self.daemon.listen.get()))
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use v4_proto::{Code, Delta, Event, Fault};
 
-use crate::limits;
+use crate::{limits, metrics::Meter};
 
 /// The events of one request. Dropping it cancels the request.
 #[derive(Debug)]
@@ -55,6 +55,7 @@ pub(crate) struct Route {
     pub frame: Arc<[u8]>,
     pub deltas: mpsc::Sender<Delta>,
     pub end: oneshot::Sender<Event>,
+    pub meter: Meter,
 }
 
 /// The reading half while the request waits.
@@ -65,10 +66,10 @@ pub(crate) struct Waiting {
 }
 
 /// Both halves of a new request.
-pub(crate) fn route(frame: Vec<u8>) -> (Route, Waiting) {
+pub(crate) fn route(frame: Vec<u8>, meter: Meter) -> (Route, Waiting) {
     let (deltas, deltas_out) = mpsc::channel(limits::EVENTS_PER_REQUEST);
     let (end, end_out) = oneshot::channel();
-    let route = Route { frame: frame.into(), deltas, end };
+    let route = Route { frame: frame.into(), deltas, end, meter };
     (route, Waiting { deltas: deltas_out, end: end_out })
 }
 

@@ -16,6 +16,7 @@ mod inspect;
 mod inventory;
 mod limits;
 mod link;
+pub mod metrics;
 mod owner;
 pub mod policy;
 mod process;
@@ -38,6 +39,8 @@ use v4_store::Store;
 pub use answer::Answer;
 pub use config::{KeepAlive, KvFolder, SupervisorConfig, Target};
 pub use error::Error;
+pub use metrics::Figures;
+use metrics::{Meter, Register};
 use owner::{Ask, Message, Work};
 use process::Launch;
 
@@ -87,6 +90,7 @@ struct Shared {
     inspectors: Semaphore,
     config: SupervisorConfig,
     store: Arc<Store>,
+    register: Arc<Register>,
 }
 
 impl Supervisor {
@@ -98,11 +102,13 @@ impl Supervisor {
 
     fn start_with(config: SupervisorConfig, store: Arc<Store>, launch: Launch) -> Self {
         let (mailbox, messages) = mpsc::channel(limits::MAILBOX_MESSAGES);
-        let owner = owner::Owner::new(&config, launch.clone());
+        let register: Arc<Register> = Arc::default();
+        let owner = owner::Owner::new(&config, launch.clone(), Arc::clone(&register));
         tokio::spawn(owner.run(messages));
         let inspectors = Semaphore::new(limits::INSPECTORS);
         let next_id = AtomicU64::new(1);
-        Self { shared: Arc::new(Shared { mailbox, next_id, launch, inspectors, config, store }) }
+        let shared = Shared { mailbox, next_id, launch, inspectors, config, store, register };
+        Self { shared: Arc::new(shared) }
     }
 
     /// Gives a request to a runner of `target`, which is loaded first where it is not. The answer
@@ -121,7 +127,8 @@ impl Supervisor {
         let message = ToRunner::Generate { id, request: Box::new(request) };
         let frame = frame::encode(&message, &[])
             .map_err(|error| Fault::invalid(format!("the request is too large: {error}")))?;
-        let (route, waiting) = answer::route(frame);
+        let (_, series) = self.shared.register.find(&target.name);
+        let (route, waiting) = answer::route(frame, Meter::new(series));
         let (begun, alive) = self.ask(id, target, keep_alive, Work::Generate(route, lane)).await?;
         Ok(waiting.begin(begun, alive))
     }
@@ -163,6 +170,15 @@ impl Supervisor {
         match self.tell(Message::Ps { reply }) {
             Ok(()) => answer.await.unwrap_or_default(),
             Err(_) => Vec::new(),
+        }
+    }
+
+    /// What is counted, and what every model has now.
+    pub async fn figures(&self) -> Figures {
+        let (reply, answer) = oneshot::channel();
+        match self.tell(Message::Figures { reply }) {
+            Ok(()) => answer.await.unwrap_or_default(),
+            Err(_) => Figures::default(),
         }
     }
 

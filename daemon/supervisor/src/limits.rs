@@ -54,6 +54,10 @@ pub const DEATHS: usize = 3;
 /// The window of [`DEATHS`], and how long the model stays out of service.
 pub const DEATH_WINDOW: Duration = Duration::from_mins(5);
 
+/// Models whose figures are counted by name, some 700 bytes each; those beyond are counted
+/// together. A collector of metrics keeps each name as some 90 time series.
+pub const COUNTED_MODELS: usize = 128;
+
 /// Bytes of a runner's standard error that are kept.
 pub const STDERR_BYTES: usize = 64 << 10;
 /// Lines of it that go to the log at a death.

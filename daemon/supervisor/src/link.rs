@@ -17,6 +17,7 @@ use crate::{
     Error,
     answer::Route,
     limits,
+    metrics::{Blocks, Meter, Series},
     policy::{AskId, Cause, RunnerId},
     process::{Launch, Process},
 };
@@ -24,11 +25,18 @@ use crate::{
 /// From the owner. When the sender is dropped, the runner is killed.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Load { files: Box<ModelFiles>, options: Box<LoadOptions> },
+    Load { files: Box<ModelFiles>, options: Box<LoadOptions>, counts: Counts },
     Generate { id: AskId, route: Route },
     Cancel { id: AskId },
     Cores { threads: u32 },
     Drain { deadline: Duration },
+}
+
+/// Where a link counts what its runner's heartbeats say.
+#[derive(Debug)]
+pub(crate) struct Counts {
+    pub series: Arc<Series>,
+    pub blocks: Arc<Blocks>,
 }
 
 /// To the owner.
@@ -159,6 +167,7 @@ struct Live {
     route: Option<Route>,
     begun: bool,
     is_cancelled: bool,
+    meter: Meter,
 }
 
 /// Where the runner stands, as its link sees it.
@@ -178,8 +187,10 @@ pub(crate) struct Link {
     live: HashMap<AskId, Live>,
     /// When the last sign of life came: any frame.
     heard_at: Instant,
-    steps: u64,
+    /// The last heartbeat.
+    stats: Stats,
     stepped_at: Instant,
+    counts: Option<Counts>,
     /// The end of a drain.
     leave_by: Option<Instant>,
     has_drained: bool,
@@ -276,8 +287,9 @@ impl Link {
             stage: Stage::Spare,
             live: HashMap::new(),
             heard_at: now,
-            steps: 0,
+            stats: Stats::default(),
             stepped_at: now,
+            counts: None,
             leave_by: None,
             has_drained: false,
             heartbeat: launch.heartbeat,
@@ -345,7 +357,8 @@ impl Link {
 
     fn obey(&mut self, command: Command) -> Result<(), Error> {
         match command {
-            Command::Load { files, options } => {
+            Command::Load { files, options, counts } => {
+                self.counts = Some(counts);
                 self.stage = Stage::Loading;
                 self.heard_at = Instant::now();
                 self.writer.send(&ToRunner::Load { files: *files, options: *options })
@@ -356,7 +369,8 @@ impl Link {
                     self.stepped_at = self.heard_at;
                 }
                 let frame = Arc::clone(&route.frame);
-                let live = Live { route: Some(route), begun: false, is_cancelled: false };
+                let meter = route.meter.clone();
+                let live = Live { route: Some(route), begun: false, is_cancelled: false, meter };
                 self.live.insert(id, live);
                 self.writer.send_bytes(frame)
             }
@@ -405,10 +419,14 @@ impl Link {
     }
 
     fn beat(&mut self, stats: Stats) {
-        if stats.steps != self.steps {
-            self.steps = stats.steps;
+        if stats.steps != self.stats.steps {
             self.stepped_at = self.heard_at;
         }
+        if let Some(counts) = &self.counts {
+            counts.series.beat(&self.stats, &stats);
+            counts.blocks.set(&stats);
+        }
+        self.stats = stats;
     }
 
     /// Puts a delta into its request's buffer. A client whose buffer is full is cut off; nobody
@@ -417,6 +435,7 @@ impl Link {
         let Some(live) = self.live.get_mut(&id) else { return Ok(()) };
         let Some(route) = &live.route else { return Ok(()) };
         live.begun = true;
+        live.meter.piece(self.heard_at);
         match route.deltas.try_send(delta) {
             Ok(()) => return Ok(()),
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -437,6 +456,7 @@ impl Link {
 
     async fn end(&mut self, id: AskId, event: Event) {
         let Some(live) = self.live.remove(&id) else { return };
+        live.meter.end(&event);
         if let Some(route) = live.route {
             // The client may have left.
             let _ = route.end.send(event);

@@ -18,11 +18,12 @@ use v4_proto::{
 use v4_store::Lease;
 
 use crate::{
-    KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target,
+    Figures, KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target,
     answer::{Begun, Route},
     inventory, limits,
-    link::{self, Command, Report},
-    policy::{self, AskId, Effect, Event, Hold, Kind, Model, Phase, Rules, RunnerId},
+    link::{self, Command, Counts, Report},
+    metrics::{Blocks, Now, Register, Series},
+    policy::{self, AskId, Cause, Effect, Event, Hold, Kind, Model, Phase, Rules, RunnerId},
     process::Launch,
 };
 
@@ -58,6 +59,9 @@ pub(crate) enum Message {
     Ps {
         reply: oneshot::Sender<Vec<Loaded>>,
     },
+    Figures {
+        reply: oneshot::Sender<Figures>,
+    },
     Shutdown {
         deadline: Duration,
         reply: oneshot::Sender<()>,
@@ -75,6 +79,9 @@ struct Client {
 struct Linked {
     commands: mpsc::Sender<Command>,
     facts: Option<(ModelInfo, u32)>,
+    blocks: Arc<Blocks>,
+    /// When it was told to load.
+    load_began: Option<Instant>,
 }
 
 /// All that lives as long as the daemon.
@@ -92,10 +99,11 @@ pub(crate) struct Owner {
     reported: mpsc::Receiver<(RunnerId, Report)>,
     /// Told when the last runner is gone.
     closers: Vec<oneshot::Sender<()>>,
+    register: Arc<Register>,
 }
 
 impl Owner {
-    pub fn new(config: &SupervisorConfig, launch: Launch) -> Self {
+    pub fn new(config: &SupervisorConfig, launch: Launch, register: Arc<Register>) -> Self {
         let rules = Rules {
             budget_bytes: config.memory_bytes.unwrap_or_else(inventory::budget_bytes),
             max_queue: config.max_queue,
@@ -121,6 +129,7 @@ impl Owner {
             reports,
             reported,
             closers: Vec::new(),
+            register,
         }
     }
 
@@ -170,6 +179,9 @@ impl Owner {
             Message::Ps { reply } => {
                 let _ = reply.send(self.ps());
             }
+            Message::Figures { reply } => {
+                let _ = reply.send(self.figures());
+            }
             Message::Shutdown { deadline, reply } => {
                 self.closers.push(reply);
                 self.step(Event::Shutdown { deadline });
@@ -194,13 +206,19 @@ impl Owner {
         let event = match report {
             Report::Started => Event::Started(runner),
             Report::Loaded { info, context, bytes } => {
+                let series = self.series(runner);
                 if let Some(linked) = self.links.get_mut(&runner) {
                     linked.facts = Some((*info, context));
+                    if let (Some(series), Some(began)) = (series, linked.load_began) {
+                        series.loads.add(1_u64);
+                        series.load_time.observe(began.elapsed());
+                    }
                 }
                 Event::Loaded { runner, bytes }
             }
             Report::Ended { id } => Event::Ended { runner, ask: id },
             Report::Gone { cause, unfinished } => {
+                self.count_end(runner, &cause);
                 self.links.remove(&runner);
                 let mut begun = BTreeSet::new();
                 for cut in unfinished {
@@ -229,8 +247,11 @@ impl Owner {
             Effect::Send { runner, ask, load } => self.send(runner, ask, load),
             Effect::Cancel { runner, ask } => self.tell(runner, Command::Cancel { id: ask }),
             Effect::Cores { runner, threads } => self.tell(runner, Command::Cores { threads }),
-            Effect::Stop { runner, deadline } => {
-                tracing::info!(runner, ?deadline, "runner is told to leave");
+            Effect::Stop { runner, deadline, reason } => {
+                tracing::info!(runner, ?deadline, why = reason.word(), "runner is told to leave");
+                if let Some(series) = self.series(runner) {
+                    series.unload(&reason);
+                }
                 self.tell(runner, Command::Drain { deadline });
             }
             Effect::Done { ask, load } => {
@@ -239,7 +260,10 @@ impl Owner {
             }
             Effect::Fail { ask, fault } => self.fail(ask, fault),
             Effect::Forget(ask) => {
-                self.clients.remove(&ask);
+                let client = self.clients.remove(&ask);
+                if let Some(route) = client.and_then(|client| client.route) {
+                    route.meter.left();
+                }
             }
         }
     }
@@ -247,7 +271,10 @@ impl Owner {
     fn spawn(&mut self, runner: RunnerId) {
         let (commands, inbox) = mpsc::channel(limits::LINK_COMMANDS);
         tokio::spawn(link::run(runner, self.launch.clone(), inbox, self.reports.clone()));
-        self.links.insert(runner, Linked { commands, facts: None });
+        self.links.insert(
+            runner,
+            Linked { commands, facts: None, blocks: Arc::default(), load_began: None },
+        );
     }
 
     fn load(&mut self, runner: RunnerId, model: &Arc<Model>) {
@@ -267,7 +294,11 @@ impl Owner {
             isa: self.isa.clone(),
         };
         let (files, options) = (Box::new(model.target.files.clone()), Box::new(options));
-        self.tell(runner, Command::Load { files, options });
+        let Some(linked) = self.links.get_mut(&runner) else { return };
+        linked.load_began = Some(Instant::now());
+        let (_, series) = self.register.find(&model.target.name);
+        let counts = Counts { series, blocks: Arc::clone(&linked.blocks) };
+        self.tell(runner, Command::Load { files, options, counts });
     }
 
     fn send(&mut self, runner: RunnerId, ask: AskId, load: Duration) {
@@ -284,6 +315,9 @@ impl Owner {
     /// Ends an ask: by the call that still waits, else as the last event of its stream.
     fn fail(&mut self, ask: AskId, fault: Fault) {
         let Some(Client { reply, route }) = self.clients.remove(&ask) else { return };
+        if let Some(route) = &route {
+            route.meter.failed();
+        }
         // Whoever asked may have left in both cases.
         if let Some(reply) = reply {
             let _ = reply.send(Err(fault));
@@ -317,6 +351,42 @@ impl Owner {
     fn tell(&mut self, runner: RunnerId, command: Command) {
         // The report of the end says all that is to be done.
         let _ = self.command(runner, command);
+    }
+
+    /// What is counted of a runner's model.
+    fn series(&self, runner: RunnerId) -> Option<Arc<Series>> {
+        let (_, _, model, _) = self.state.loaded().find(|(id, ..)| *id == runner)?;
+        Some(self.register.find(&model.target.name).1)
+    }
+
+    /// Counts the end of a runner that nobody told to leave.
+    fn count_end(&self, runner: RunnerId, cause: &Cause) {
+        let Some(series) = self.series(runner) else { return };
+        let is_ready = self.state.loaded().any(|(id, it, ..)| id == runner && it.is_ready());
+        match cause {
+            Cause::Refused(_) if !is_ready => series.load_failures.add(1_u64),
+            Cause::Died | Cause::Refused(_) => series.deaths.add(1_u64),
+            Cause::Left => {}
+        }
+    }
+
+    fn figures(&self) -> Figures {
+        let in_memory = self.state.loaded().map(|(id, runner, model, _)| {
+            let blocks = self.links.get(&id).map(|linked| linked.blocks.get());
+            let (blocks_used, blocks_total) = blocks.unwrap_or_default();
+            let (running, bytes) = (runner.n_running() as u64, runner.bytes);
+            let now = Now { running, bytes, blocks_used, blocks_total, ..Now::default() };
+            (model.target.name.clone(), now)
+        });
+        let waiting = self
+            .state
+            .waiting()
+            .map(|(name, n)| (name.clone(), Now { waiting: n as u64, ..Now::default() }));
+        Figures {
+            budget_bytes: self.state.budget_bytes(),
+            used_bytes: self.state.used_bytes(),
+            models: self.register.figures(in_memory.chain(waiting)),
+        }
     }
 
     fn ps(&self) -> Vec<Loaded> {

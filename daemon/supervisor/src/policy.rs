@@ -180,6 +180,40 @@ pub enum Cause {
     Left,
 }
 
+/// Why a runner is told to leave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// Nobody asked for its model within the keep-alive.
+    Idle,
+    /// Somebody wanted its model out of memory.
+    Asked,
+    /// The model of this name needs the memory.
+    Room(ModelName),
+    /// Models take more than they may.
+    OverBudget,
+    /// The name's new model takes over.
+    Replaced,
+    /// The daemon ends.
+    Shutdown,
+}
+
+impl Reason {
+    /// Every [`Reason::word`].
+    pub const WORDS: [&str; 6] = ["idle", "asked", "room", "over_budget", "replaced", "shutdown"];
+
+    /// The reason in a word.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Asked => "asked",
+            Self::Room(_) => "room",
+            Self::OverBudget => "over_budget",
+            Self::Replaced => "replaced",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
@@ -271,6 +305,8 @@ pub enum Effect {
         runner: RunnerId,
         /// What its answers get.
         deadline: Duration,
+        /// Why.
+        reason: Reason,
     },
     /// A `Load` or `Swap` is done.
     Done {
@@ -346,6 +382,8 @@ pub struct Runner {
     /// Threads it was last told to compute with.
     threads: u32,
     keep_alive: KeepAlive,
+    /// Somebody wants its model out of memory, and nobody has asked for it since.
+    unwanted: bool,
     /// When its last answer ended, or it became ready.
     idle_since: Time,
     /// When it was last given work.
@@ -366,6 +404,7 @@ impl Runner {
             running: BTreeMap::new(),
             threads,
             keep_alive: KeepAlive::Forever,
+            unwanted: false,
             idle_since: Time::ZERO,
             used_at: Time::ZERO,
             ready_at: Time::ZERO,
@@ -377,6 +416,16 @@ impl Runner {
     /// Whether it takes requests.
     fn is_open(&self) -> bool {
         self.phase == Phase::Ready && !self.leaving && !self.yielding
+    }
+
+    /// Requests that it has.
+    pub fn n_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Whether it has its model and was not told to leave.
+    pub fn is_ready(&self) -> bool {
+        self.phase == Phase::Ready
     }
 
     /// Whether it is ready and has no answer to finish.
@@ -580,6 +629,18 @@ impl State {
         })
     }
 
+    /// The names that are known, and how many asks wait for each.
+    pub fn waiting(&self) -> impl Iterator<Item = (&ModelName, usize)> {
+        self.names
+            .values()
+            .map(|name| (&name.want.target.name, name.queue.len() + name.swaps.len()))
+    }
+
+    /// Bytes that all models may take.
+    pub fn budget_bytes(&self) -> u64 {
+        self.rules.budget_bytes
+    }
+
     /// Whether a name has a runner that is not on its way out.
     pub fn is_loaded(&self, name: &ModelName) -> bool {
         self.names.get(&key(name)).is_some_and(|name| name.runner.is_some())
@@ -779,7 +840,7 @@ fn loaded(state: &mut State, id: RunnerId, bytes: u64, turn: &mut Turn) {
         }
     }
     if let Some(old) = old {
-        plan::stop(state, old, limits::SWAP_DRAIN, turn);
+        plan::stop(state, old, limits::SWAP_DRAIN, Reason::Replaced, turn);
     }
 }
 
@@ -891,6 +952,7 @@ fn unload(state: &mut State, name: &ModelName) {
     for id in name.runner.iter().chain(&name.next) {
         if let Some(runner) = state.runners.get_mut(id) {
             runner.keep_alive = KeepAlive::For(Duration::ZERO);
+            runner.unwanted = true;
         }
     }
 }
@@ -902,6 +964,6 @@ fn shutdown(state: &mut State, deadline: Duration, turn: &mut Turn) {
     }
     let ids: Vec<RunnerId> = state.runners.keys().copied().collect();
     for id in ids {
-        plan::stop(state, id, deadline, turn);
+        plan::stop(state, id, deadline, Reason::Shutdown, turn);
     }
 }

@@ -231,7 +231,7 @@ async fn a_request_that_meets_a_dying_runner_goes_to_the_next() {
 async fn what_a_link_has_not_read_at_its_end_is_given_back() {
     let (commands, inbox) = mpsc::channel(1);
     let (reports, mut reported) = mpsc::channel(1);
-    let (route, _waiting) = answer::route(Vec::new());
+    let (route, _waiting) = answer::route(Vec::new(), metrics::Meter::new(Arc::default()));
     commands.try_send(link::Command::Generate { id: 7, route }).expect("room");
     tokio::spawn(link::run(1, launch("old-protocol"), inbox, reports));
     let Some((1, link::Report::Gone { unfinished, .. })) = soon(reported.recv()).await else {

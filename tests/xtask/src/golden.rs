@@ -71,6 +71,7 @@ fn page(root: &Path) -> Result<String, String> {
             .to_owned();
     settings(&mut page, &read("daemon/server/src/config.rs")?);
     codes(&mut page, &read("daemon/proto/src/fault.rs")?, &read("daemon/server/src/error.rs")?)?;
+    metrics(&mut page, &read("daemon/server/src/api/prometheus.rs")?);
     models(&mut page);
     page.push_str("\n## Limits\n");
     for (path, title) in LIMITS {
@@ -128,6 +129,28 @@ fn codes(page: &mut String, faults: &str, statuses: &str) -> Result<(), String> 
         let _ = writeln!(page, "| `{name}` | {status} | {meaning} |");
     }
     Ok(())
+}
+
+/// The metrics: every call that introduces one names it and says what it is.
+fn metrics(page: &mut String, source: &str) {
+    page.push_str(
+        "\n## Metrics\n\n`GET /metrics` in Prometheus' text format. Names of vLLM mean what they \
+         mean there. Those of models have the label `model_name`; models beyond the first \
+         `COUNTED_MODELS` are counted as `other`. Tokens are counted when an answer ends, what the \
+         engine says of itself comes every second.\n\n| metric | kind | meaning |\n|---|---|---|\n",
+    );
+    let product = source.split("#[cfg(test)]").next().unwrap_or_default();
+    for (at, _) in product.match_indices('(') {
+        let kind = ["gauge", "counter", "histogram"];
+        let kind = kind.into_iter().find(|kind| product[..at].ends_with(kind));
+        let mut texts = product[at..].split('"').skip(1).step_by(2);
+        let is_call = product[at + 1..].trim_start().starts_with('"');
+        if let (Some(kind), true, Some(name), Some(help)) =
+            (kind, is_call, texts.next(), texts.next())
+        {
+            let _ = writeln!(page, "| `{name}` | {kind} | {help} |");
+        }
+    }
 }
 
 /// The library of models.
@@ -191,6 +214,18 @@ fn commented<'a>(source: &'a str, prefix: &str) -> Vec<(String, &'a str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metrics_are_found_where_they_are_introduced() {
+        let source = "const fn gauge(name: &str) {}\nconst A: F =\n gauge(\"v4_a\", \"What.\");\n\
+                      h(histogram(\n\"v4_b\", \"How long.\"));\n\
+                      #[cfg(test)]\ngauge(\"v4_c\", \"x\")";
+        let mut page = String::new();
+        metrics(&mut page, source);
+        let table =
+            "|---|---|---|\n| `v4_a` | gauge | What. |\n| `v4_b` | histogram | How long. |\n";
+        assert!(page.ends_with(table), "{page}");
+    }
 
     #[test]
     fn comments_belong_to_the_line_below_them() {

@@ -6,6 +6,7 @@ pub mod json;
 pub mod keep_alive;
 pub mod ollama;
 pub mod openai;
+pub mod prometheus;
 #[cfg(test)]
 mod transcripts;
 pub mod turns;

@@ -5,6 +5,7 @@ pub mod care;
 pub mod create;
 pub mod generate;
 pub mod import;
+pub mod metrics;
 pub mod models;
 pub mod ps;
 pub mod pull;

@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Duration};
 
 use v4_proto::{Code, Fault};
 
-use super::{AskId, Effect, Key, Kind, Model, Pending, Phase, Runner, RunnerId, State, Time, Turn};
+use super::{
+    AskId, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId, State, Time, Turn,
+};
 use crate::{KeepAlive, limits};
 
 /// Applies all rules to the state after an event.
@@ -24,13 +26,19 @@ pub(super) fn settle(state: &mut State, turn: &mut Turn) {
 }
 
 /// Tells a runner to leave. Its name no longer routes to it; its memory counts until it is gone.
-pub(super) fn stop(state: &mut State, id: RunnerId, deadline: Duration, turn: &mut Turn) {
+pub(super) fn stop(
+    state: &mut State,
+    id: RunnerId,
+    deadline: Duration,
+    reason: Reason,
+    turn: &mut Turn,
+) {
     let Some(runner) = state.runners.get_mut(&id) else { return };
     if runner.phase == Phase::Stopping {
         return;
     }
     runner.phase = Phase::Stopping;
-    turn.effects.push(Effect::Stop { runner: id, deadline });
+    turn.effects.push(Effect::Stop { runner: id, deadline, reason });
     for name in state.names.values_mut() {
         if name.runner == Some(id) {
             name.runner = None;
@@ -141,6 +149,7 @@ fn dispatch(state: &mut State, turn: &mut Turn) {
                 }
             }
             runner.used_at = now;
+            runner.unwanted = false;
         }
     }
 }
@@ -231,7 +240,7 @@ fn shed(state: &mut State, turn: &mut Turn) {
     idle.sort_unstable();
     for (_, id, bytes) in idle {
         if over > 0 {
-            stop(state, id, limits::STOP, turn);
+            stop(state, id, limits::STOP, Reason::OverBudget, turn);
             over = over.saturating_sub(bytes);
         }
     }
@@ -279,7 +288,7 @@ fn drain_predecessors(state: &mut State, turn: &mut Turn) {
         .map(|(id, _)| *id)
         .collect();
     for id in done {
-        stop(state, id, limits::STOP, turn);
+        stop(state, id, limits::STOP, Reason::Replaced, turn);
     }
 }
 
@@ -347,9 +356,11 @@ fn evict(state: &mut State, key: &Key, missing: u64, turn: &mut Turn) -> u64 {
         }
         !is_needless
     });
+    let Some(name) = state.names.get(key) else { return 0 };
+    let reason = Reason::Room(name.want.target.name.clone());
     for (is_busy, _, id, _) in chosen {
         if !is_busy {
-            stop(state, id, limits::STOP, turn);
+            stop(state, id, limits::STOP, reason.clone(), turn);
         } else if let Some(runner) = state.runners.get_mut(&id) {
             runner.yielding = true;
         }
@@ -367,14 +378,15 @@ fn expire(state: &mut State, turn: &mut Turn) {
     let now = turn.now;
     let is_waited_for =
         |id: RunnerId| state.names.values().any(|n| n.runner == Some(id) && !n.queue.is_empty());
-    let expired: Vec<RunnerId> = state
+    let expired: Vec<(RunnerId, bool)> = state
         .runners
         .iter()
         .filter(|(id, runner)| runner.expires().is_some_and(|at| at <= now) && !is_waited_for(**id))
-        .map(|(id, _)| *id)
+        .map(|(id, runner)| (*id, runner.unwanted))
         .collect();
-    for id in expired {
-        stop(state, id, limits::STOP, turn);
+    for (id, is_unwanted) in expired {
+        let reason = if is_unwanted { Reason::Asked } else { Reason::Idle };
+        stop(state, id, limits::STOP, reason, turn);
     }
 }
 

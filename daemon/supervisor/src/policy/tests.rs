@@ -837,3 +837,65 @@ mod random {
         }
     }
 }
+
+/// `a` with 600 MiB in runner 1, loaded and idle since second 1.
+fn idle() -> Story {
+    let mut story = Story::new(rules());
+    story.ask(1, ("a", 600), "spawn 1");
+    story.started(1, "load 1 a");
+    story.loaded(1, 600, "send 1 #1");
+    story.ended(1, 1, "");
+    story
+}
+
+/// Why runners are told to leave.
+fn reasons(effects: Vec<Effect>) -> Vec<(RunnerId, Reason)> {
+    let reason = |effect| match effect {
+        Effect::Stop { runner, reason, .. } => Some((runner, reason)),
+        _ => None,
+    };
+    effects.into_iter().filter_map(reason).collect()
+}
+
+#[test]
+fn a_runner_is_told_to_leave_for_a_reason() {
+    let ask = |version: &str, kind| Event::Ask {
+        ask: Ask { id: 9, kind, keep_alive: KeepAlive::Forever },
+        target: Box::new(target(version, 600)),
+        hold: Hold::default(),
+    };
+    let name = |text: &str| -> ModelName { text.parse().expect("a name") };
+    let table = [
+        (Event::Tick, 301, Reason::Idle),
+        (Event::Unload(name("a")), 2, Reason::Asked),
+        (ask("b", Kind::Generate), 2, Reason::Room(name("b"))),
+        (ask("a2", Kind::Swap), 2, Reason::Replaced),
+        (Event::Shutdown { deadline: Duration::ZERO }, 2, Reason::Shutdown),
+    ];
+    for (event, at, reason) in table {
+        assert!(Reason::WORDS.contains(&reason.word()));
+        let effects = step(&mut idle().state, event, secs(at));
+        assert_eq!(reasons(effects), [(1, reason)]);
+    }
+    // What a runner says it takes is what counts, and may be more than its header said.
+    for (mib, expected) in [(300, vec![]), (500, vec![(1, Reason::OverBudget)])] {
+        let mut story = idle();
+        story.ask(2, ("b", 300), "spawn 2");
+        story.started(2, "load 2 b");
+        let loaded = Event::Loaded { runner: 2, bytes: mib * MIB };
+        assert_eq!(reasons(step(&mut story.state, loaded, secs(2))), expected);
+    }
+}
+
+#[test]
+fn who_asks_for_an_unwanted_model_wants_it_again() {
+    let mut story = idle();
+    // It is in use when somebody wants it out of memory, and asked for once more before it leaves.
+    story.ask(2, ("a", 600), "send 1 #2");
+    story.on(Event::Unload("a".parse().expect("a name")), "");
+    story.ask(3, ("a", 600), "send 1 #3");
+    story.ended(1, 2, "");
+    story.ended(1, 3, "");
+    let effects = step(&mut story.state, Event::Tick, secs(400));
+    assert_eq!(reasons(effects), [(1, Reason::Idle)]);
+}
