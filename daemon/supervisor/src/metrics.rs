@@ -330,8 +330,9 @@ mod tests {
         let series = Arc::new(Series::default());
         let mut meter = Meter::new(Arc::clone(&series));
         let at = |ms| meter.asked + Duration::from_millis(ms);
-        let times = [at(30), at(34), at(39)];
-        times.into_iter().for_each(|time| meter.piece(time));
+        for time in [at(30), at(34), at(39)] {
+            meter.piece(time);
+        }
         let first = series.first_token.read();
         assert_eq!((first.count, first.within[3], first.within[4]), (1, (0.01, 0), (0.02, 0)));
         assert!((first.sum_s - 0.03).abs() < 1e-9);

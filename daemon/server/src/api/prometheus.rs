@@ -20,6 +20,13 @@ struct Family {
     help: &'static str,
 }
 
+/// A metric, and where its value is in what a model has now.
+type Present = (Family, fn(&Now) -> f64);
+/// A metric, and its counter.
+type Counted = (Family, fn(&Series) -> &Counter);
+/// A metric, and its histogram.
+type Timed = (Family, fn(&Series) -> &Histogram);
+
 /// Something that goes up and down.
 const fn gauge(name: &'static str, help: &'static str) -> Family {
     Family { name, kind: "gauge", help }
@@ -36,7 +43,7 @@ const fn histogram(name: &'static str, help: &'static str) -> Family {
 }
 
 /// What a model has now, a line a model.
-const NOW: [(Family, fn(&Now) -> f64); 6] = [
+const NOW: [Present; 6] = [
     (gauge("vllm:num_requests_running", "Requests that a runner has."), |now| now.running as f64),
     (gauge("vllm:num_requests_waiting", "Requests that wait for a place or for a load."), |now| {
         now.waiting as f64
@@ -55,7 +62,7 @@ const NOW: [(Family, fn(&Now) -> f64); 6] = [
 ];
 
 /// What is counted of a model, a line a model.
-const COUNTED: [(Family, fn(&Series) -> &Counter); 13] = [
+const COUNTED: [Counted; 13] = [
     (
         counter("vllm:prompt_tokens_total", "Tokens of the prompts of ended answers, with cached."),
         |series| &series.prompt_tokens,
@@ -103,7 +110,7 @@ const COUNTED: [(Family, fn(&Series) -> &Counter); 13] = [
 ];
 
 /// How long things took, a histogram a model.
-const TIMED: [(Family, fn(&Series) -> &Histogram); 3] = [
+const TIMED: [Timed; 3] = [
     (
         histogram("vllm:time_to_first_token_seconds", "From a request to its first piece of text."),
         |series| &series.first_token,
