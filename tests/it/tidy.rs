@@ -25,7 +25,7 @@ const OURS: &[(&str, &[&str], &[&str])] = &[
     ("v4-daemon", &["v4-server", "v4-runner"], &[]),
     ("v4", &["v4-proto", "v4-modelfile", "v4-daemon"], &[]),
     ("v4-tests", &["v4-proto"], &[]),
-    ("xtask", &["v4-proto", "v4-engine", "v4-kernels", "v4-modelfile"], &[]),
+    ("xtask", &["v4-proto", "v4-engine", "v4-kernels", "v4-modelfile", "v4-tests"], &[]),
 ];
 
 /// Crates of others that only these of ours may use: the columns and the laws they stand for.

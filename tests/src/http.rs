@@ -106,6 +106,11 @@ impl Address {
         self.open_for(LONG_DEADLINE, "POST", path, body.to_string().as_bytes()).whole()
     }
 
+    /// POST of JSON whose answer comes bit by bit, each within [`LONG_DEADLINE`].
+    pub fn patient_stream(&self, path: &str, body: &Value) -> Stream {
+        self.open_for(LONG_DEADLINE, "POST", path, body.to_string().as_bytes())
+    }
+
     /// POST of JSON whose answer comes bit by bit.
     pub fn stream(&self, path: &str, body: &Value) -> Stream {
         self.open("POST", path, body.to_string().as_bytes())

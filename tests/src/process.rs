@@ -14,12 +14,12 @@ use v4_proto::Digest;
 use crate::DEADLINE;
 use crate::home::Home;
 
-/// The `v4` that lies beside the test executable.
+/// The `v4` that lies beside this executable, or beside the folder of a test's.
 pub fn executable() -> PathBuf {
     let own = std::env::current_exe().expect("the test knows where it is");
-    let v4 = own.parent().and_then(Path::parent).expect("target/PROFILE/deps").join("v4");
-    assert!(v4.exists(), "{} is missing: run `cargo build -p v4`", v4.display());
-    v4
+    let folders = own.ancestors().skip(1).take(2);
+    let v4 = folders.map(|folder| folder.join("v4")).find(|path| path.is_file());
+    v4.unwrap_or_else(|| panic!("{} has no v4 beside it: run `cargo build -p v4`", own.display()))
 }
 
 /// A command line of `v4` in this home, cut off from the user's own settings.

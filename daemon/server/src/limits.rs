@@ -3,9 +3,14 @@
 
 use std::time::Duration;
 
-/// Connections open at a time, over all listeners. Leaves a quarter of the usual 1,024 descriptors
-/// of a process to runners, pulls and the store.
-pub const CONNECTIONS: usize = 768;
+/// Connections open at a time, over all listeners, and at most three quarters of [`DESCRIPTORS`] as
+/// far as the system grants them: the rest is for runners, pulls and the store. An idle one costs
+/// some 20 KB of memory.
+pub const CONNECTIONS: usize = 4096;
+
+/// Descriptors that the daemon asks the system for; services start with 1,024 and may raise that
+/// themselves.
+pub const DESCRIPTORS: u64 = 8192;
 
 /// Bytes of a request's line and headers together. Browsers and agents stay below 16 KiB.
 pub const HEADER_BYTES: usize = 64 << 10;

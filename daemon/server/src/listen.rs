@@ -13,6 +13,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
+use v4_store::fs;
 
 use crate::{error::Error, limits, patience::Patient, routes::Service};
 
@@ -64,17 +65,17 @@ pub async fn tcp(address: SocketAddr) -> Result<TcpListener, Error> {
 pub fn unix(path: &Path) -> Result<UnixListener, Error> {
     let failed = |source| Error::Socket { path: path.to_owned(), source };
     if let Some(folder) = path.parent() {
-        v4_store::fs::bind_dir(folder).map_err(failed)?;
+        fs::bind_dir(folder).map_err(failed)?;
     }
     // Two homes may have been given one socket.
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(Error::SocketTaken { path: path.to_owned() });
     }
-    v4_store::fs::remove_socket(path).map_err(failed)?;
+    fs::remove_socket(path).map_err(failed)?;
     let socket = UnixSocket::new_stream().map_err(failed)?;
     socket.bind(path).map_err(failed)?;
     // Nobody can connect before `listen`, so nobody does before the mode is set.
-    v4_store::fs::set_private(path).map_err(failed)?;
+    fs::set_private(path).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)
 }
 
@@ -95,7 +96,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
     now: impl Future<Output = ()>,
 ) {
-    let permits = Arc::new(Semaphore::new(limits::CONNECTIONS));
+    let permits = Arc::new(Semaphore::new(permits(fs::descriptors(limits::DESCRIPTORS))));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let mut stop = std::pin::pin!(stop);
@@ -132,6 +133,11 @@ pub async fn serve(
         () = now => tracing::warn!("stopping at once"),
     }
     connections.shutdown().await;
+}
+
+/// Connections at a time, of a process that may have so many descriptors.
+fn permits(descriptors: u64) -> usize {
+    usize::try_from(descriptors / 4 * 3).map_or(limits::CONNECTIONS, |n| n.min(limits::CONNECTIONS))
 }
 
 /// The next connection, when there is room for one.

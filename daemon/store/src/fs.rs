@@ -150,7 +150,8 @@ pub trait Fs: fmt::Debug + Send + Sync {
 /// What the system says; [`io::ErrorKind::FileTooLarge`] beyond `max_bytes`.
 pub fn read(fs: &dyn Fs, path: &Path, max_bytes: usize) -> io::Result<Vec<u8>> {
     let limit = u64::try_from(max_bytes).unwrap_or(u64::MAX - 1);
-    let mut bytes = Vec::new();
+    // Manifests and their small roles are read for every request, each in one go.
+    let mut bytes = Vec::with_capacity(max_bytes.min(4 << 10));
     fs.open_read(path)?.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() > max_bytes {
         return Err(io::ErrorKind::FileTooLarge.into());
@@ -349,4 +350,19 @@ pub fn remove_socket(path: &Path) -> io::Result<()> {
 /// What the system says.
 pub fn set_private(path: &Path) -> io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+}
+
+/// How many descriptors this process may have open, after its own limit was raised to `wanted` as
+/// far as the system lets it.
+pub fn descriptors(wanted: u64) -> u64 {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+
+    let mut limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(u64::MAX).min(wanted);
+    if limit.current.is_some_and(|current| current < most) {
+        limit.current = Some(most);
+        // What is refused leaves it as it was.
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

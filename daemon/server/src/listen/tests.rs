@@ -245,3 +245,9 @@ async fn a_client_that_does_not_read_is_given_up() {
         assert!(tokio::time::Instant::now() < deadline, "it is still read");
     }
 }
+
+#[test]
+fn connections_leave_descriptors_to_others() {
+    assert_eq!([1024, 4096].map(super::permits), [768, 3072]);
+    assert_eq!([1 << 20, u64::MAX].map(super::permits), [limits::CONNECTIONS; 2]);
+}

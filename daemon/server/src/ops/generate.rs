@@ -167,9 +167,9 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     let info = models::info(daemon, &model).await?;
     let target = model.target(Some(info.clone()));
     let keep_alive = ask.keep_alive;
-    touch(daemon, &model);
     let Some(request) = request(&model, &info, ask)? else {
         daemon.supervisor.load(&target, keep_alive).await?;
+        touch(daemon, &model);
         return Ok(Started::Settled(Settled::Loaded));
     };
     let mut answer = daemon.supervisor.generate(&target, request, keep_alive).await?;
@@ -177,6 +177,8 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
         Some(Event::Failed(fault)) => return Err(fault),
         first => first,
     };
+    // Not before: it would take a core from the engine.
+    touch(daemon, &model);
     Ok(Started::Answering(Running { first, answer, asked }))
 }
 

@@ -107,14 +107,15 @@ impl Model {
 /// `not_found`; `unsupported` for a model with an adapter; what the store says.
 pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
     let name = wanted.name.clone();
+    // One visit to the store: each costs a thread's waking, and all who ask pay it.
     let found = daemon.blocking(move |store| {
-        Ok(read(store, &name)?.map(|(record, texts)| {
-            let origin = store.origin(&record.digest);
-            let origin = origin.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-            (record, texts, origin.unwrap_or_default())
-        }))
+        let Some((record, texts)) = read(store, &name)? else { return Ok(None) };
+        let origin = store.origin(&record.digest);
+        let origin = origin.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let is_whole = are_whole(store, &record.manifest.weights().0)?;
+        Ok(Some((record, texts, origin.unwrap_or_default(), is_whole)))
     });
-    let (record, texts, origin) = found.await?.ok_or_else(|| wanted.not_found())?;
+    let (record, texts, origin, is_whole) = found.await?.ok_or_else(|| wanted.not_found())?;
     if record.manifest.role(Role::Adapter).next().is_some() {
         return Err(Fault::new(
             Code::Unsupported,
@@ -128,7 +129,16 @@ pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
             format!("model '{}' has no weights of its own in the store", wanted.text),
         ));
     };
-    whole(daemon, wanted, &weights).await?;
+    if !is_whole {
+        return Err(Fault::new(
+            Code::Corrupt,
+            format!(
+                "the weights of model '{0}' are missing or were changed on disk; mend them with \
+                 `v4 pull {0}`",
+                wanted.text
+            ),
+        ));
+    }
     let chat_template = match &texts.template {
         Some(Template::Jinja(text)) => Some(text.clone()),
         _ => None,
@@ -138,28 +148,14 @@ pub async fn resolve(daemon: &Daemon, wanted: &Wanted) -> Result<Model, Fault> {
     Ok(Model { record, texts, files, weights, key, origin })
 }
 
-/// Makes sure that the weights are what their digests say: a file that somebody cut, changed or
-/// removed would end the runner, or worse, answer.
-async fn whole(daemon: &Daemon, wanted: &Wanted, weights: &[Digest]) -> Result<(), Fault> {
-    let weights = weights.to_vec();
-    let is_whole = daemon.blocking(move |store| {
-        match weights.iter().try_for_each(|digest| store.intact(digest)) {
-            Ok(()) => Ok(true),
-            Err(StoreError::Missing(_) | StoreError::Digest { .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
-    });
-    if is_whole.await? {
-        return Ok(());
+/// Whether the weights are what their digests say: a file that somebody cut, changed or removed
+/// would end the runner, or worse, answer.
+fn are_whole(store: &Store, weights: &[Digest]) -> Result<bool, StoreError> {
+    match weights.iter().try_for_each(|digest| store.intact(digest)) {
+        Ok(()) => Ok(true),
+        Err(StoreError::Missing(_) | StoreError::Digest { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
-    Err(Fault::new(
-        Code::Corrupt,
-        format!(
-            "the weights of model '{0}' are missing or were changed on disk; mend them with \
-             `v4 pull {0}`",
-            wanted.text
-        ),
-    ))
 }
 
 fn read(store: &Store, name: &ModelName) -> Result<Option<(Record, Texts)>, StoreError> {

@@ -14,6 +14,7 @@ mod peers;
 mod products;
 mod pull;
 mod roofline;
+mod serve;
 mod speed;
 mod subject;
 
@@ -39,9 +40,11 @@ enum Part {
     Peers(peers::Args),
     /// Measure a pull over loopback beside curl and sha256sum.
     Pull(pull::Args),
+    /// Measure what clients see of the daemon, beside another server.
+    Serve(serve::Args),
     /// Serve a folder until standard input ends: the other side of `pull`.
     #[command(hide = true)]
-    Serve(pull::ServeArgs),
+    ServeFolder(pull::ServeArgs),
     /// Keep one core busy until standard input ends: the other side of `busy`.
     #[command(hide = true)]
     Spin,
@@ -65,7 +68,8 @@ pub fn run(args: Args) -> Result<(), String> {
         Part::Load(args) => load::run(&args),
         Part::Peers(args) => peers::run(&args),
         Part::Pull(args) => pull::run(&args),
-        Part::Serve(args) => pull::serve(args),
+        Part::Serve(args) => serve::run(&args),
+        Part::ServeFolder(args) => pull::serve(args),
         Part::Spin => busy::spin(),
     }
 }

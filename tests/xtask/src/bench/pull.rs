@@ -306,7 +306,7 @@ fn write_manifest(folder: &Folder, bytes: u64) -> Result<(), String> {
 fn serving(folder: &Folder) -> Result<(Process, String), String> {
     let this = std::env::current_exe().map_err(|error| error.to_string())?;
     let child = Command::new(this)
-        .args(["bench", "serve"])
+        .args(["bench", "serve-folder"])
         .arg(&folder.0)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
