@@ -512,25 +512,37 @@ enum { TILE_TOKENS = 6, BLOCK_GROUPS = 64 };
 
 /* Where the sums of a tile's tokens start, or for formats with minima the sums of the activations
  * as floats: [token][group][pair]. */
-typedef int32_t corrections[TILE_TOKENS][BLOCK_GROUPS * 2];
+typedef int32_t corrections[TILE_TOKENS][BLOCK_GROUPS * 2] __attribute__((aligned(V4_ALIGN)));
+
+/* Sixteen of them, of the sums from `sum`, of which only those of `mask` exist. */
+ALWAYS_INLINE __m512i sixteen_corrections(const int16_t *sum, __mmask16 mask, int offset, int pairs,
+                                          int mins)
+{
+    const int factor = mins ? 1 : -offset;
+    __m512i v;
+    if (pairs) {
+        v = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, sum));
+        v = _mm512_madd_epi16(v, _mm512_set1_epi32(factor & 0xffff));
+    } else {
+        v = _mm512_madd_epi16(_mm512_maskz_loadu_epi32(mask, sum),
+                              _mm512_set1_epi16((short)factor));
+    }
+    return mins ? _mm512_castps_si512(_mm512_cvtepi32_ps(v)) : _mm512_add_epi32(v, magic_bits());
+}
 
 ALWAYS_INLINE void find_corrections(const struct v4_act *x, size_t first, int n, size_t g0,
                                     size_t groups, int offset, int pairs, int mins, corrections out)
 {
-    const float magic = MAGIC;
-    int32_t start;
-    memcpy(&start, &magic, sizeof start);
-    UNROLL
-    for (int t = 0; t < n; t++) {
-        const int16_t *sum = x->sum + (first + (size_t)t) * (x->cols / V4_SUM_GROUP) + 2 * g0;
-        for (size_t g = 0; g < groups * (size_t)(1 + pairs); g++) {
-            const int32_t value = pairs ? sum[g] : sum[2 * g] + sum[2 * g + 1];
-            if (mins) {
-                const float real = (float)value;
-                memcpy(&out[t][g], &real, sizeof real);
-            } else {
-                out[t][g] = start - offset * value;
-            }
+    const size_t sums = x->cols / V4_SUM_GROUP, count = groups * (size_t)(1 + pairs);
+    ROLLED
+    for (size_t i = 0; i < count; i += LANES) {
+        const int16_t *sum = x->sum + first * sums + 2 * g0 + (pairs ? i : 2 * i);
+        const __mmask16 mask = first_lanes(count - i);
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            const __m512i v =
+                sixteen_corrections(sum + (size_t)t * sums, mask, offset, pairs, mins);
+            _mm512_store_si512(out[t] + i, v);
         }
     }
 }
