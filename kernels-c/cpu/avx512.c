@@ -512,25 +512,37 @@ enum { TILE_TOKENS = 6, BLOCK_GROUPS = 64 };
 
 /* Where the sums of a tile's tokens start, or for formats with minima the sums of the activations
  * as floats: [token][group][pair]. */
-typedef int32_t corrections[TILE_TOKENS][BLOCK_GROUPS * 2];
+typedef int32_t corrections[TILE_TOKENS][BLOCK_GROUPS * 2] __attribute__((aligned(V4_ALIGN)));
+
+/* Sixteen of them, of the sums from `sum`, of which only those of `mask` exist. */
+ALWAYS_INLINE __m512i sixteen_corrections(const int16_t *sum, __mmask16 mask, int offset, int pairs,
+                                          int mins)
+{
+    const int factor = mins ? 1 : -offset;
+    __m512i v;
+    if (pairs) {
+        v = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, sum));
+        v = _mm512_madd_epi16(v, _mm512_set1_epi32(factor & 0xffff));
+    } else {
+        v = _mm512_madd_epi16(_mm512_maskz_loadu_epi32(mask, sum),
+                              _mm512_set1_epi16((short)factor));
+    }
+    return mins ? _mm512_castps_si512(_mm512_cvtepi32_ps(v)) : _mm512_add_epi32(v, magic_bits());
+}
 
 ALWAYS_INLINE void find_corrections(const struct v4_act *x, size_t first, int n, size_t g0,
                                     size_t groups, int offset, int pairs, int mins, corrections out)
 {
-    const float magic = MAGIC;
-    int32_t start;
-    memcpy(&start, &magic, sizeof start);
-    UNROLL
-    for (int t = 0; t < n; t++) {
-        const int16_t *sum = x->sum + (first + (size_t)t) * (x->cols / V4_SUM_GROUP) + 2 * g0;
-        for (size_t g = 0; g < groups * (size_t)(1 + pairs); g++) {
-            const int32_t value = pairs ? sum[g] : sum[2 * g] + sum[2 * g + 1];
-            if (mins) {
-                const float real = (float)value;
-                memcpy(&out[t][g], &real, sizeof real);
-            } else {
-                out[t][g] = start - offset * value;
-            }
+    const size_t sums = x->cols / V4_SUM_GROUP, count = groups * (size_t)(1 + pairs);
+    ROLLED
+    for (size_t i = 0; i < count; i += LANES) {
+        const int16_t *sum = x->sum + first * sums + 2 * g0 + (pairs ? i : 2 * i);
+        const __mmask16 mask = first_lanes(count - i);
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            const __m512i v =
+                sixteen_corrections(sum + (size_t)t * sums, mask, offset, pairs, mins);
+            _mm512_store_si512(out[t] + i, v);
         }
     }
 }
@@ -886,27 +898,80 @@ static void gemm_f32(const float *w, size_t rows, const struct v4_act *x, float 
 
 /* ---- activations ----------------------------------------------------------------------------- */
 
+/* The largest of the lanes of each of four vectors. */
+ALWAYS_INLINE __m128i max_lanes(__m512i a, __m512i b, __m512i c, __m512i d)
+{
+    const __m512i ab = _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_max_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i low = _mm512_unpacklo_epi64(ab, cd), high = _mm512_unpackhi_epi64(ab, cd);
+    const __m512i four = _mm512_max_epi32(low, high);
+    const __m256i two = _mm256_max_epi32(_mm512_castsi512_si256(four),
+                                         _mm512_extracti64x4_epi64(four, 1));
+    return _mm_max_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+}
+
+/* As v4_act_scale, of four groups. */
+ALWAYS_INLINE __m128 four_scales(__m128i largest, __m128 *d)
+{
+    const __m128i infinity = _mm_set1_epi32(0x7f800000);
+    const __m128 top = _mm_set1_ps(127), max = _mm_castsi128_ps(largest);
+    const __m128 inverse = _mm_div_ps(top, max);
+    const __mmask8 is_finite = _mm_cmplt_epi32_mask(largest, infinity);
+    const __m128i magnitude = _mm_and_si128(_mm_castps_si128(inverse), _mm_set1_epi32(INT32_MAX));
+    const __m128 nan = _mm_castsi128_ps(_mm_set1_epi32(0x7fc00000));
+    *d = _mm_mask_div_ps(nan, is_finite, max, top);
+    return _mm_maskz_mov_ps(_mm_mask_cmplt_epi32_mask(is_finite, magnitude, infinity), inverse);
+}
+
+/* Sixteen values to bytes. Of a factor of 0 all are 0: NaN becomes INT32_MIN, whose last byte is
+ * 0. */
+ALWAYS_INLINE __m128i sixteen_bytes(const float *x, float factor)
+{
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor));
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled));
+}
+
+/* n groups, at most four. */
+ALWAYS_INLINE void quantize_groups(const float *x, int n, int8_t *q, float *d, int16_t *sum)
+{
+    __m512i largest[4];
+    UNROLL
+    for (int g = 0; g < 4; g++) {
+        const float *from = x + (g < n ? g : 0) * V4_ACT_GROUP;
+        const __m512 a = _mm512_abs_ps(_mm512_loadu_ps(from));
+        const __m512 b = _mm512_abs_ps(_mm512_loadu_ps(from + LANES));
+        largest[g] = _mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b));
+    }
+    __m128 scale;
+    float factors[4];
+    _mm_storeu_ps(factors,
+                  four_scales(max_lanes(largest[0], largest[1], largest[2], largest[3]), &scale));
+    _mm_mask_storeu_ps(d, (__mmask8)((1 << n) - 1), scale);
+    UNROLL
+    for (int g = 0; g < n; g++) {
+        const float *from = x + g * V4_ACT_GROUP;
+        const __m128i low = sixteen_bytes(from, factors[g]);
+        const __m128i high = sixteen_bytes(from + LANES, factors[g]);
+        const __m256i both = _mm256_set_m128i(high, low);
+        _mm256_storeu_si256((__m256i *)(void *)(q + g * V4_ACT_GROUP), both);
+        /* Sums of four, then of sixteen. */
+        const __m256i four = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), both);
+        const __m256i eight = _mm256_hadd_epi32(four, four);
+        const __m256i sixteen = _mm256_hadd_epi32(eight, eight);
+        sum[2 * g] = (int16_t)_mm256_cvtsi256_si32(sixteen);
+        sum[2 * g + 1] = (int16_t)_mm256_extract_epi32(sixteen, 4);
+    }
+}
+
 static void quantize(const float *x, size_t cols, int8_t *q, float *d, int16_t *sum)
 {
-    for (size_t g = 0; g < cols / V4_ACT_GROUP; g++) {
-        const __m512 a = _mm512_loadu_ps(x + g * V4_ACT_GROUP);
-        const __m512 b = _mm512_loadu_ps(x + g * V4_ACT_GROUP + LANES);
-        const __m512i largest = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)),
-                                                 _mm512_castps_si512(_mm512_abs_ps(b)));
-        const float factor = v4_act_scale(_mm512_reduce_max_epi32(largest), d + g);
-        if (factor == 0) {
-            memset(q + g * V4_ACT_GROUP, 0, V4_ACT_GROUP);
-            sum[2 * g] = sum[2 * g + 1] = 0;
-            continue;
-        }
-        const __m512 inverse = _mm512_set1_ps(factor);
-        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-        const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        int8_t *to = q + g * V4_ACT_GROUP;
-        _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtepi32_epi8(qa));
-        _mm_storeu_si128((__m128i *)(void *)(to + LANES), _mm512_cvtepi32_epi8(qb));
-        sum[2 * g] = (int16_t)_mm512_reduce_add_epi32(qa);
-        sum[2 * g + 1] = (int16_t)_mm512_reduce_add_epi32(qb);
+    const size_t groups = cols / V4_ACT_GROUP;
+    size_t g = 0;
+    for (; g + 4 <= groups; g += 4) {
+        quantize_groups(x + g * V4_ACT_GROUP, 4, q + g * V4_ACT_GROUP, d + g, sum + 2 * g);
+    }
+    for (; g < groups; g++) {
+        quantize_groups(x + g * V4_ACT_GROUP, 1, q + g * V4_ACT_GROUP, d + g, sum + 2 * g);
     }
 }
 

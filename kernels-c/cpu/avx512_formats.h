@@ -80,22 +80,29 @@ ALWAYS_INLINE __m128i load_16(const uint8_t *p)
     return _mm_loadu_si128((const __m128i *)(const void *)p);
 }
 
-/* Sixteen bytes of four rows. */
-ALWAYS_INLINE __m512i four_rows(const uint8_t *p, size_t step)
+/* Sixteen bytes of four places. */
+ALWAYS_INLINE __m512i four_places(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2,
+                                  const uint8_t *p3)
 {
-    __m512i v = _mm512_castsi128_si512(load_16(p));
-    v = _mm512_inserti32x4(v, load_16(p + step), 1);
-    v = _mm512_inserti32x4(v, load_16(p + 2 * step), 2);
-    return _mm512_inserti32x4(v, load_16(p + 3 * step), 3);
+    __m512i v = _mm512_castsi128_si512(load_16(p0));
+    v = _mm512_inserti32x4(v, load_16(p1), 1);
+    v = _mm512_inserti32x4(v, load_16(p2), 2);
+    return _mm512_inserti32x4(v, load_16(p3), 3);
 }
 
 /* Sixteen bytes of sixteen rows: v[j] has bytes 4 j .. 4 j + 3 of each. */
 ALWAYS_INLINE void turn_16(const uint8_t *p, size_t stride, __m512i v[4])
 {
-    const __m512i a = four_rows(p, 4 * stride);
-    const __m512i b = four_rows(p + stride, 4 * stride);
-    const __m512i c = four_rows(p + 2 * stride, 4 * stride);
-    const __m512i d = four_rows(p + 3 * stride, 4 * stride);
+    /* Or else the compiler keeps sixteen addresses from one unit to the next, most of them in
+     * vectors, and to fetch one takes a turn of a port that multiplies. */
+    __asm__("" : "+r"(p), "+r"(stride));
+    const uint8_t *const p4 = p + 4 * stride, *const p8 = p4 + 4 * stride;
+    const uint8_t *const p12 = p8 + 4 * stride;
+    const size_t two = 2 * stride, three = 3 * stride;
+    const __m512i a = four_places(p, p4, p8, p12);
+    const __m512i b = four_places(p + stride, p4 + stride, p8 + stride, p12 + stride);
+    const __m512i c = four_places(p + two, p4 + two, p8 + two, p12 + two);
+    const __m512i d = four_places(p + three, p4 + three, p8 + three, p12 + three);
     const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
     const __m512i ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
     v[0] = _mm512_unpacklo_epi64(ab, cd);
