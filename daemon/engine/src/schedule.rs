@@ -134,12 +134,15 @@ fn deal(
 /// Tokens of one step at most: as many as go through the layers at once.
 pub const STEP_TOKENS: usize = 512;
 /// The least that a prompt gets of a step, lest its reading never ends.
-const LEAST_TOKENS: usize = 32;
+const LEAST_TOKENS: usize = 8;
 /// The least of a step in which nobody writes: of one so long hardly less is read a second than of
 /// the longest (92 % on a two-core machine).
 const LEAST_ALONE: usize = 128;
-/// How long a step may take while other sequences write: a reader notices a longer pause.
-const STEP_TARGET: Duration = Duration::from_millis(100);
+/// How long a step may take while other sequences write: so many steps that only write, within
+/// bounds. Tokens then come at half their pace at worst, but no reader notices a pause below the one
+/// bound, and with chunks for the other hardly less is read a second than with longer ones.
+const WRITES: u32 = 2;
+const STEP_TARGET: [Duration; 2] = [Duration::from_millis(60), Duration::from_millis(200)];
 /// The same where nobody waits for what is read.
 const BACKGROUND_TARGET: Duration = Duration::from_millis(40);
 /// The same where nobody writes: a prompt that comes meanwhile waits so long for its first chunk.
@@ -148,37 +151,56 @@ const ALONE_TARGET: Duration = Duration::from_millis(200);
 pub const AGEING: Duration = Duration::from_secs(20);
 
 /// The budget of a step, which should end soon: for those that write, and for those that may come.
-/// `tokens_per_s` is the rate at which prompts were read lately; before it is known little is read.
-pub fn budget(running: &[Load], tokens_per_s: Option<f64>) -> usize {
+/// Before the rate is known at which prompts are read, little is.
+pub fn budget(running: &[Load], pace: &Pace) -> usize {
     let n_writing = running.iter().filter(|load| load.pending == 1).count();
     let is_urgent = running.iter().any(|load| load.pending > 1 && !load.is_background);
     let (target, least) = match (n_writing, is_urgent) {
         (0, _) => (ALONE_TARGET, LEAST_ALONE),
-        (_, true) => (STEP_TARGET, LEAST_TOKENS),
+        (_, true) => (pace.target(), LEAST_TOKENS),
         (_, false) => (BACKGROUND_TARGET, LEAST_TOKENS),
     };
-    let soon = tokens_per_s.map_or(least, |rate| whole(rate * target.as_secs_f64()));
+    let soon = pace.tokens_per_s.map_or(least, |rate| whole(rate * target.as_secs_f64()));
     soon.clamp(least, STEP_TOKENS) + n_writing
 }
 
-/// How fast prompts were read lately.
+/// How fast prompts were read lately, and tokens written.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Pace(Option<f64>);
+pub struct Pace {
+    /// Tokens of prompts a second; `None` before a step has read any.
+    tokens_per_s: Option<f64>,
+    /// Seconds of a step that only writes.
+    write_s: Option<f64>,
+}
 
 impl Pace {
-    /// Tokens a second; `None` before a step has read any.
+    /// Tokens of prompts a second; `None` before a step has read any.
     pub fn tokens_per_s(self) -> Option<f64> {
-        self.0
+        self.tokens_per_s
     }
 
     /// Learns from a step that read `n` tokens of prompts; a few of them say nothing.
     pub fn measure(&mut self, n: usize, took: Duration) {
         const WEIGHT: f64 = 0.5;
-        if n >= 16 && !took.is_zero() {
-            let rate = n as f64 / took.as_secs_f64();
-            let known = self.0.unwrap_or(rate);
-            self.0 = Some(known + WEIGHT * (rate - known));
+        let learn = |known: &mut Option<f64>, new: f64| {
+            let old = known.unwrap_or(new);
+            *known = Some(old + WEIGHT * (new - old));
+        };
+        if took.is_zero() {
+            return;
         }
+        match n {
+            0 => learn(&mut self.write_s, took.as_secs_f64()),
+            LEAST_TOKENS.. => learn(&mut self.tokens_per_s, n as f64 / took.as_secs_f64()),
+            _ => {}
+        }
+    }
+
+    /// How long a step may take while somebody writes.
+    fn target(&self) -> Duration {
+        let [least, most] = STEP_TARGET;
+        let write = self.write_s.map_or(Duration::ZERO, Duration::from_secs_f64);
+        write.saturating_mul(WRITES).clamp(least, most)
     }
 }
 
@@ -293,6 +315,17 @@ mod tests {
     }
 
     #[test]
+    fn a_step_that_also_reads_takes_as_long_as_two_that_only_write() {
+        let target = |write_ms: u64| {
+            let mut pace = Pace::default();
+            pace.measure(0, Duration::from_millis(write_ms));
+            pace.target().as_millis()
+        };
+        // Within bounds.
+        assert_eq!([1, 30, 45, 90, 400].map(target), [60, 60, 90, 180, 200]);
+    }
+
+    #[test]
     fn steps_are_short_while_somebody_writes() {
         let reading = load(0, 1000);
         let writing = load(9, 1);
@@ -303,12 +336,13 @@ mod tests {
             (&[reading, writing], None, LEAST_TOKENS + 1),
             (&[patient(0, 1000), writing], Some(1000.0), 41),
             (&[patient(0, 1000)], Some(1e9), STEP_TOKENS),
-            (&[reading, writing], Some(1000.0), 101),
+            (&[reading, writing], Some(1000.0), 61),
             (&[reading, writing], Some(1.0), LEAST_TOKENS + 1),
             (&[reading, writing], Some(f64::INFINITY), STEP_TOKENS + 1),
         ];
         for (running, rate, tokens) in table {
-            assert_eq!(budget(running, rate), tokens, "{running:?} {rate:?}");
+            let pace = Pace { tokens_per_s: rate, write_s: None };
+            assert_eq!(budget(running, &pace), tokens, "{running:?} {rate:?}");
         }
     }
 
@@ -365,7 +399,7 @@ mod tests {
             let mut running = [load(500, 1), load(0, 30_000)];
             let (mut worst, mut total) = (0.0_f64, 0.0);
             while running[1].pending > 1 {
-                let budget = budget(&running, pace.tokens_per_s());
+                let budget = budget(&running, &pace);
                 let plan = next(budget, &running, 10_000);
                 assert_eq!((plan.preempt, plan.tokens[0]), (0, 1), "the answer goes on each step");
                 assert!(plan.tokens[1] > 0, "so does the prompt");
@@ -381,7 +415,7 @@ mod tests {
             }
             // On the slowest machine the least chunk is longer than the target.
             let least = LEAST_TOKENS as f64 / rate * 4.5;
-            let chunk = STEP_TARGET.as_secs_f64().max(least);
+            let chunk = STEP_TARGET[0].as_secs_f64().max(least);
             assert!(worst <= 2.0 * chunk, "{rate}: {worst}");
             let alone: f64 = 30_000.0 / rate * 2.5;
             assert!(total < 2.0 * alone, "{rate}: {total} of {alone}");
@@ -399,9 +433,9 @@ mod tests {
                 if step == 10 {
                     running.push(load(0, 40));
                     // It came just after the step before had begun.
-                    waited = seconds(rate, &running[..1], &[budget(&running[..1], pace.0)]);
+                    waited = seconds(rate, &running[..1], &[budget(&running[..1], &pace)]);
                 }
-                let plan = next(budget(&running, pace.tokens_per_s()), &running, 10_000);
+                let plan = next(budget(&running, &pace), &running, 10_000);
                 let took = seconds(rate, &running, &plan.tokens);
                 pace.measure(plan.tokens.iter().sum(), Duration::from_secs_f64(took));
                 for (load, &n) in running.iter_mut().zip(&plan.tokens) {
@@ -460,7 +494,8 @@ mod tests {
                 let n = admit(slots, &loads(&running), &loads(&waiting), free);
                 running.extend(waiting.drain(..n));
                 assert!(running.len() <= slots);
-                let budget = budget(&loads(&running), Some(500.0));
+                let budget =
+                    budget(&loads(&running), &Pace { tokens_per_s: Some(500.0), write_s: None });
                 let plan = next(budget, &loads(&running), free);
                 for _ in 0..plan.preempt {
                     let mut job = running.pop().expect("it was counted");

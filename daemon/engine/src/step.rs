@@ -159,7 +159,7 @@ impl Engine {
             return Ok(!self.waiting.is_empty());
         }
         let loads = self.loads();
-        let budget = schedule::budget(&loads, self.pace.tokens_per_s());
+        let budget = schedule::budget(&loads, &self.pace);
         let plan = schedule::next(budget, &loads, self.available());
         for _ in 0..plan.preempt {
             self.preempt(self.running.len() - 1);
