@@ -19,5 +19,6 @@ mod pull;
 mod real;
 mod serve;
 mod soak;
+mod storm;
 mod text;
 mod tidy;

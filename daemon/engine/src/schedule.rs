@@ -113,11 +113,17 @@ fn deal(
 ) {
     // Where there is not a token for each, the oldest read.
     reading.truncate(*left);
-    // Short prompts first: what they leave of their share goes to the longer ones.
+    // Short prompts first, and most of it to one that is far shorter than another: it waits least by
+    // itself, and few tokens are before its own. What they leave goes to the longer ones.
     let mut shortest = reading.clone();
     shortest.sort_by_key(|&index| running[index].pending);
+    let longest = shortest.last().map_or(0, |&index| running[index].pending);
     for (done, &index) in shortest.iter().enumerate() {
-        tokens[index] = running[index].pending.min(*left / (shortest.len() - done));
+        let others = shortest.len() - done - 1;
+        let fair = *left / (others + 1);
+        let is_short = done == 0 && running[index].pending <= longest / 4;
+        let most = if is_short { fair.max((*left - others).min(*left / 4 * 3)) } else { fair };
+        tokens[index] = running[index].pending.min(most);
         *left -= tokens[index];
     }
     // Old ones first: what blocks there are is theirs, and what tokens blocks keep from others.
@@ -135,6 +141,8 @@ fn deal(
 pub const STEP_TOKENS: usize = 512;
 /// The least that a prompt gets of a step, lest its reading never ends.
 const LEAST_TOKENS: usize = 8;
+/// So many prompts get that each.
+const MOST_LEASTS: usize = 2;
 /// The least of a step in which nobody writes: of one so long hardly less is read a second than of
 /// the longest (92 % on a two-core machine).
 const LEAST_ALONE: usize = 128;
@@ -154,11 +162,11 @@ pub const AGEING: Duration = Duration::from_secs(20);
 /// Before the rate is known at which prompts are read, little is.
 pub fn budget(running: &[Load], pace: &Pace) -> usize {
     let n_writing = running.iter().filter(|load| load.pending == 1).count();
-    let is_urgent = running.iter().any(|load| load.pending > 1 && !load.is_background);
-    let (target, least) = match (n_writing, is_urgent) {
+    let n_urgent = running.iter().filter(|load| load.pending > 1 && !load.is_background).count();
+    let (target, least) = match (n_writing, n_urgent) {
         (0, _) => (ALONE_TARGET, LEAST_ALONE),
-        (_, true) => (pace.target(), LEAST_TOKENS),
-        (_, false) => (BACKGROUND_TARGET, LEAST_TOKENS),
+        (_, 0) => (BACKGROUND_TARGET, LEAST_TOKENS),
+        (_, n) => (pace.target(), LEAST_TOKENS * n.min(MOST_LEASTS)),
     };
     let soon = pace.tokens_per_s.map_or(least, |rate| whole(rate * target.as_secs_f64()));
     soon.clamp(least, STEP_TOKENS) + n_writing
@@ -229,7 +237,7 @@ mod tests {
 
     #[test]
     fn steps_are_shared_as_said() {
-        let table: [(&[Load], usize, usize, &[usize]); 11] = [
+        let table: [(&[Load], usize, usize, &[usize]); 12] = [
             (&[], 100, 0, &[]),
             (&[load(0, 10)], 100, 0, &[10]),
             (&[load(0, 1000)], 100, 0, &[512]),
@@ -238,6 +246,8 @@ mod tests {
             // Equal shares; the short one's rest goes to the long one.
             (&[load(0, 1000), load(0, 1000)], 100, 0, &[256, 256]),
             (&[load(0, 1000), load(0, 20)], 100, 0, &[492, 20]),
+            // Most of it goes to one that is far shorter.
+            (&[load(0, 9000), load(0, 900)], 200, 0, &[128, 384]),
             // Blocks bound a prompt.
             (&[load(0, 1000)], 2, 0, &[128]),
             (&[load(60, 1000)], 1, 0, &[68]),
