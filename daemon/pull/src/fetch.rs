@@ -259,6 +259,9 @@ impl Fetcher {
                 Err(error) => error,
             };
             tracing::warn!(%location, %error, "a source failed");
+            if error.is_refusal() {
+                meter.note_refusal(location);
+            }
             // That one source is out of reach says less than that another gave wrong bytes.
             if failed.is_none() || !matches!(error, PullError::Unreachable { .. }) {
                 failed = Some(error);

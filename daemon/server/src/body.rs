@@ -37,6 +37,8 @@ pub struct Line {
     pub id: u64,
     /// What was asked: method and path.
     pub what: String,
+    /// The name of the key it came with.
+    pub caller: Option<String>,
     /// The status.
     pub status: u16,
     /// When it came.
@@ -49,10 +51,11 @@ pub struct Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let Self { id, what, status, began, bytes, is_whole } = self;
+        let Self { id, what, caller, status, began, bytes, is_whole } = self;
         let ms = began.elapsed().as_secs_f64() * 1e3;
         let outcome = if *is_whole { "done" } else { "client left" };
-        tracing::info!(id, status, bytes, ms = format_args!("{ms:.1}"), outcome, "{what}");
+        let ms = format_args!("{ms:.1}");
+        tracing::info!(id, key = caller.as_deref(), status, bytes, ms, outcome, "{what}");
     }
 }
 

@@ -105,6 +105,10 @@ pub struct Config {
     /// one with most bytes of its own times time without use first, never one that is pinned or in
     /// use.
     pub quota_evict: bool,
+    /// The keys that open the daemon to others (`V4_KEYS`): the file that `v4 keys` changes; not set
+    /// is `keys` in the home. While it has a key, each request over TCP needs one; where TCP reaches
+    /// beyond this machine, in any case. `None` (written `off`) lets everybody in.
+    pub keys: Option<PathBuf>,
     /// Web pages that may call the daemon, beyond those of this machine (`V4_ORIGINS`): origins
     /// with commas between them; `*` stands for any text.
     pub origins: Vec<String>,
@@ -190,6 +194,11 @@ impl Config {
             limit_rate: text("V4_LIMIT_RATE").map(limit_rate).transpose()?.flatten(),
             quota: text("V4_QUOTA").map(quota).transpose()?,
             quota_evict: switch("V4_QUOTA_EVICT", text("V4_QUOTA_EVICT"), false)?,
+            keys: match text("V4_KEYS") {
+                None => Some(home.join(paths::KEYS_FILE)),
+                Some(path) if path == "off" => None,
+                Some(path) => Some(absolute(path.into())?),
+            },
             origins: text("V4_ORIGINS").map(|value| list(&value)).unwrap_or_default(),
             log_level: number("V4_LOG", text("V4_LOG"), LevelFilter::INFO)?,
             log_file,
@@ -368,6 +377,7 @@ mod tests {
         assert_eq!((config.registries, config.limit_rate), (None, None));
         assert_eq!((config.kv_disk, config.truncates), (Some(8 << 30), true));
         assert_eq!(config.auth_file, Some("/u/.docker/config.json".into()));
+        assert_eq!(config.keys, Some("/u/.v4/keys".into()));
         assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
     }
 
@@ -398,6 +408,7 @@ mod tests {
         ("V4_LIMIT_RATE", "2M"),
         ("V4_QUOTA", "200G"),
         ("V4_QUOTA_EVICT", "on"),
+        ("V4_KEYS", "off"),
         ("V4_ORIGINS", " https://a.example/, *"),
         ("V4_LOG", "debug"),
         ("V4_LOG_FILE", "/l"),
@@ -432,6 +443,7 @@ mod tests {
             limit_rate: NonZeroU64::new(2 << 20),
             quota: Some(200 << 30),
             quota_evict: true,
+            keys: None,
             origins: vec!["https://a.example".to_owned(), "*".to_owned()],
             log_level: LevelFilter::DEBUG,
             log_file: Some("/l".into()),

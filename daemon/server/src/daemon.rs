@@ -11,7 +11,7 @@ use v4_pull::Jobs;
 use v4_store::{Store, StoreError};
 use v4_supervisor::Supervisor;
 
-use crate::{limits, ops::metrics::Requests};
+use crate::{keys::Keys, limits, ops::metrics::Requests};
 
 /// The parts of a running daemon. Shared as `Arc<Daemon>`.
 pub struct Daemon {
@@ -25,6 +25,8 @@ pub struct Daemon {
     pub listen: OnceLock<SocketAddr>,
     /// Whether conversations that do not fit may lose their oldest turns.
     pub truncates: bool,
+    /// Who may call over TCP.
+    pub keys: Arc<Keys>,
     /// How often what was asked.
     pub requests: Requests,
     /// The figures of models asked for lately, by the digest of their weights.
@@ -32,11 +34,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon of these parts.
+    /// A daemon of these parts, which wants no keys.
     pub fn new(store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
         let (listen, known) = (OnceLock::new(), Mutex::default());
-        let requests = Requests::default();
-        Self { store, jobs, supervisor, listen, truncates: true, requests, known }
+        let (keys, requests) = (Arc::new(Keys::off()), Requests::default());
+        Self { store, jobs, supervisor, listen, truncates: true, keys, requests, known }
     }
 
     /// Calls the store, which blocks, on a thread that may.

@@ -19,6 +19,7 @@ mod error;
 #[cfg(test)]
 mod fixture;
 mod guard;
+mod keys;
 mod limits;
 mod listen;
 mod log;
@@ -44,6 +45,7 @@ pub use error::Error;
 use crate::{
     daemon::Daemon,
     guard::Guard,
+    keys::Keys,
     listen::{Listeners, Times},
     routes::Service,
 };
@@ -76,7 +78,15 @@ async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
     };
     let unix = listen::unix(&config.socket)?;
     let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
-    let daemon = Arc::new(daemon(&config, store));
+    let is_far = bound.is_some_and(|address| !address.ip().is_loopback());
+    let keys = Arc::new(Keys::open(config.keys.as_deref(), is_far)?);
+    if keys.shuts_out() {
+        tracing::warn!(
+            "nobody is answered over TCP until there is a key: run `v4 keys add NAME --scope use`, \
+             or start v4 with V4_KEYS=off to let everybody in"
+        );
+    }
+    let daemon = Arc::new(daemon(&config, store, keys));
     if let Some(address) = bound {
         daemon.listen.get_or_init(|| address);
     }
@@ -96,7 +106,7 @@ async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
 }
 
 /// The parts of a daemon with these settings.
-fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
+fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
     let base = SupervisorConfig::default();
     let supervisor = SupervisorConfig {
         keep_alive: config.keep_alive,
@@ -137,7 +147,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     let headers = Arc::new(catalog::Headers(supervisor.clone()));
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
     let mut daemon = Daemon::new(store, jobs, supervisor);
-    daemon.truncates = config.truncates;
+    (daemon.truncates, daemon.keys) = (config.truncates, keys);
     daemon
 }
 

@@ -80,5 +80,18 @@ pub const LARGE_BODY_BYTES: usize = 1 << 20;
 /// its model is no longer counted here: the queue of the model bounds how many do.
 pub const LARGE_BODIES: usize = 4;
 
+/// Bytes of the file of keys; a line has some 130.
+pub const KEYS_BYTES: usize = 1 << 20;
+
+/// Keys at a time. Each is compared with the one that a request has: 1,024 take some microseconds.
+pub const KEYS: usize = 1024;
+
+/// Characters of a key's name.
+pub const KEY_NAME_CHARS: usize = 64;
+
+/// Time between two looks at whether somebody else changed the file of keys. A change by the
+/// daemon itself, which is what `v4 keys` asks for, counts at once.
+pub const KEYS_LOOK: Duration = Duration::from_millis(500);
+
 /// Time that threads get to end at the very last; what still runs then is cut off.
 pub const LAST_WAIT: Duration = Duration::from_secs(1);

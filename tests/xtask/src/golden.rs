@@ -121,7 +121,7 @@ fn settings(page: &mut String, source: &str) {
     }
     page.push_str(
         "\nThe other commands know `V4_HOME` and `V4_SOCKET` too, and `V4_HOST`: the daemon at \
-         `http://HOST:PORT` instead of this user's own. Pulls and pushes go through the proxies that \
+         `http://HOST:PORT` instead of this user's own, with the key that it wants in `V4_KEY`. Pulls and pushes go through the proxies that \
          `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name.\n",
     );
 }
@@ -156,21 +156,31 @@ fn codes(page: &mut String, faults: &str, statuses: &str) -> Result<(), String> 
 fn routes(page: &mut String, source: &str) {
     page.push_str(
         "\n## Routes\n\n`GET` routes answer `HEAD` too. Those that are v4's own take and give JSON with \
-         the fields of the command that uses them.\n\n| method | path | whose words |\n|---|---|---|\n",
+         the fields of the command that uses them. Where keys are wanted (`V4_KEYS`), the last column \
+         is the scope that a key must have at least: `read`, `use` or `admin`. The unix socket needs none. \
+         Without a key that is known the answer is 401, with one of a lesser scope 403. `admin*` is \
+         never without a key over TCP.\n\n| method | path | whose words | scope |\n|---|---|---|---|\n",
     );
     let table = source.split("static ROUTES").nth(1).and_then(|rest| rest.split("];").next());
     for line in table.unwrap_or_default().lines().map(str::trim) {
         let inside = line.strip_prefix("route(Method::").and_then(|rest| rest.split_once(", "));
         let Some((method, rest)) = inside else { continue };
         let path = rest.split('"').nth(1).unwrap_or_default();
-        let surface = rest.split("Surface::").nth(1).and_then(|rest| rest.split(',').next());
+        let word = |of: &str| rest.split(of).nth(1).and_then(|rest| rest.split(',').next());
+        let surface = word("Surface::");
+        let scope = match word("Scope::").unwrap_or_default() {
+            "Open" => "-".to_owned(),
+            "Owner" => "admin*".to_owned(),
+            scope => scope.to_lowercase(),
+        };
         let is_ollamas = OLLAMAS.contains(&path) || path.starts_with(OLLAMAS[0]);
         let whose = match surface.unwrap_or_default() {
             "Ollama" if !is_ollamas => "v4",
             "OpenAi" => "OpenAI",
+            "Oci" => "registries",
             surface => surface,
         };
-        let _ = writeln!(page, "| {method} | `{path}` | {whose} |");
+        let _ = writeln!(page, "| {method} | `{path}` | {whose} | {scope} |");
     }
 }
 

@@ -10,6 +10,7 @@ use v4_supervisor::{Loaded, State};
 
 use crate::{
     api::{bytes, clock, line, ollama::COMPATIBLE_WITH},
+    keys,
     ops::models::{Facts, Listed},
 };
 
@@ -265,6 +266,39 @@ pub fn pins(names: &[v4_proto::ModelName]) -> Vec<u8> {
 }
 
 #[derive(Serialize)]
+struct Keys<'a> {
+    keys: Vec<Key<'a>>,
+}
+
+#[derive(Serialize)]
+struct Key<'a> {
+    name: &'a str,
+    scope: keys::Scope,
+    made: &'a str,
+}
+
+/// `/api/keys`, v4's own: what is known of the keys.
+pub fn keys(keys: &[keys::Key]) -> Vec<u8> {
+    bytes(&Keys { keys: keys.iter().map(Key::of).collect() })
+}
+
+impl<'a> Key<'a> {
+    fn of(key: &'a keys::Key) -> Self {
+        Self { name: &key.name, scope: key.scope, made: &key.made }
+    }
+}
+
+#[derive(Serialize)]
+struct NewKey<'a> {
+    key: &'a str,
+}
+
+/// `/api/keys`, v4's own: a key that was made, the only time that it is told.
+pub fn new_key(text: &str) -> Vec<u8> {
+    bytes(&NewKey { key: text })
+}
+
+#[derive(Serialize)]
 struct Freed {
     freed: u64,
 }
@@ -312,6 +346,8 @@ pub struct PullLines {
     reached: u8,
     /// Bytes last written of each file.
     written: Vec<Option<u64>>,
+    /// How many notes were written.
+    n_notes: usize,
     /// Whether the last word was that it waits.
     is_paused: bool,
     /// Whether it goes the other way.
@@ -334,6 +370,10 @@ impl PullLines {
             return out;
         }
         self.reach(1, "pulling manifest", &mut out);
+        for note in progress.notes.iter().skip(self.n_notes) {
+            out.extend(line(&PullLine::status(note)));
+        }
+        self.n_notes = progress.notes.len();
         self.files(progress, &mut out);
         if let Stage::Paused(why) = &progress.stage {
             let status = why.as_ref().map_or("paused".to_owned(), |why| format!("paused: {why}"));
