@@ -292,6 +292,11 @@ impl Jobs {
         self.0.fetcher.pace.rate()
     }
 
+    /// From now on these are asked too, as [`PullConfig::peers`].
+    pub fn set_peers(&self, peers: &[String]) {
+        self.0.fetcher.set_peers(peers);
+    }
+
     /// Bytes that pulls took from their sources since the start.
     pub fn bytes(&self) -> u64 {
         self.0.fetcher.pace.taken()

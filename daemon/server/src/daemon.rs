@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
 };
 
 use v4_proto::{Digest, Fault, ModelInfo};
@@ -11,7 +11,13 @@ use v4_pull::Jobs;
 use v4_store::{Store, StoreError};
 use v4_supervisor::Supervisor;
 
-use crate::{keys::Keys, limits, ops::metrics::Requests};
+use crate::{
+    config::{Again, Config},
+    error::Error,
+    keys::Keys,
+    limits, log,
+    ops::metrics::Requests,
+};
 
 /// The parts of a running daemon. Shared as `Arc<Daemon>`.
 pub struct Daemon {
@@ -23,8 +29,8 @@ pub struct Daemon {
     pub supervisor: Supervisor,
     /// Where TCP clients are served, once that is known.
     pub listen: OnceLock<SocketAddr>,
-    /// Whether conversations that do not fit may lose their oldest turns.
-    pub truncates: bool,
+    /// The settings, which change while it runs.
+    config: RwLock<Arc<Config>>,
     /// Who may call over TCP.
     pub keys: Arc<Keys>,
     /// How often what was asked.
@@ -35,10 +41,36 @@ pub struct Daemon {
 
 impl Daemon {
     /// A daemon of these parts, which wants no keys.
-    pub fn new(store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
+    pub fn new(config: Config, store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
         let (listen, known) = (OnceLock::new(), Mutex::default());
         let (keys, requests) = (Arc::new(Keys::off()), Requests::default());
-        Self { store, jobs, supervisor, listen, truncates: true, keys, requests, known }
+        let config = RwLock::new(Arc::new(config));
+        Self { store, jobs, supervisor, listen, config, keys, requests, known }
+    }
+
+    /// The settings that count now.
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Reads the settings again, with what can change while it runs. Blocks.
+    ///
+    /// # Errors
+    /// What is wrong with the file, and in which line; then nothing changes.
+    pub fn reload(&self) -> Result<Again, Error> {
+        let again = self.config().again()?;
+        let config = &again.config;
+        self.store.set_quota(config.store_quota());
+        if again.changed.contains(&"limit_rate") {
+            self.jobs.set_rate(config.limit_rate);
+        }
+        self.jobs.set_peers(&config.peers);
+        log::set_level(config.log);
+        let next = Arc::new(config.clone());
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = next;
+        let (changed, at_start) = (again.changed.join(", "), again.at_start.join(", "));
+        tracing::info!(changed, at_start, "the settings were read again");
+        Ok(again)
     }
 
     /// Calls the store, which blocks, on a thread that may.

@@ -14,12 +14,22 @@ pub enum Error {
     /// A setting cannot be meant.
     #[error("{setting} is {value:?}, but must be {expected}")]
     Setting {
-        /// The variable or switch.
-        setting: &'static str,
+        /// The variable, the switch, or the key with its line.
+        setting: String,
         /// What it says.
         value: String,
         /// What it may say.
         expected: &'static str,
+    },
+    /// The file of settings cannot be read, or says what no setting is.
+    #[error("{}, line {line}: {what}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Where in it.
+        line: usize,
+        /// What is wrong.
+        what: String,
     },
     /// There is no directory for the daemon's files.
     #[error("no home for the daemon's files: set V4_HOME, or HOME")]

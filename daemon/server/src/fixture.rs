@@ -24,7 +24,7 @@ use v4_pull::{Catalog, Inspecting, Inspector, Jobs, Origin, PullConfig, Recipe, 
 use v4_store::{Layer, Manifest, Role, Store};
 use v4_supervisor::{Supervisor, SupervisorConfig};
 
-use crate::{daemon::Daemon, guard::Guard, keys::Keys, routes::Service};
+use crate::{Config, Given, daemon::Daemon, guard::Guard, keys::Keys, routes::Service};
 
 /// A daemon with a home of its own.
 pub struct Fixture {
@@ -60,7 +60,9 @@ impl Fixture {
             PullConfig { registries: Vec::new(), ..PullConfig::default() },
         );
         let keys = Arc::new(keys(home.path()));
-        let mut daemon = Daemon::new(store, jobs, supervisor);
+        let given = Given { home: Some(home.path().join("home")), ..Given::default() };
+        let config = Config::load(&given, |_| None).expect("the defaults");
+        let mut daemon = Daemon::new(config, store, jobs, supervisor);
         daemon.keys = keys;
         let daemon = Arc::new(daemon);
         let guard = Guard { checks_host: true, ..Guard::default() };

@@ -5,7 +5,7 @@
 //! digest leaks nothing.
 
 use std::{
-    fmt,
+    fmt::{self, Write as _},
     path::{Path, PathBuf},
     str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -201,8 +201,10 @@ impl Keys {
         let mut bytes = [0; KEY_BYTES];
         rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| Fault::internal(format!("the system has no random bytes: {error}")))?;
-        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        let text = format!("{KEY_START}{hex}");
+        let mut text = KEY_START.to_owned();
+        for byte in bytes {
+            write!(text, "{byte:02x}").expect("a text grows");
+        }
         let made = Timestamp::now().strftime("%F").to_string();
         let digest = v4_store::sha256(text.as_bytes());
         let key = Key { name: name.to_owned(), scope, made, digest };
@@ -519,7 +521,9 @@ mod tests {
             assert_eq!(keys.add(bad, Scope::Read).expect_err(bad).code, Code::Invalid);
         }
         let digest = v4_store::sha256(b"x");
-        let lines: String = (0..limits::KEYS).map(|i| format!("k{i} read {digest}\n")).collect();
+        let lines: Vec<String> =
+            (0..limits::KEYS).map(|i| format!("k{i} read {digest}\n")).collect();
+        let lines = lines.concat();
         fs::replace_private(&path, lines.as_bytes()).expect("written");
         assert_eq!(keys.list().len(), limits::KEYS);
         assert!(keys.add("more", Scope::Read).expect_err("full").message.contains("1024"));

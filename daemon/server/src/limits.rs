@@ -80,6 +80,9 @@ pub const LARGE_BODY_BYTES: usize = 1 << 20;
 /// its model is no longer counted here: the queue of the model bounds how many do.
 pub const LARGE_BODIES: usize = 4;
 
+/// Bytes of the file of settings; one that says everything has some 2 KiB, and 100 a model.
+pub const CONFIG_BYTES: usize = 1 << 20;
+
 /// Bytes of the file of keys; a line has some 130.
 pub const KEYS_BYTES: usize = 1 << 20;
 

@@ -1,9 +1,11 @@
 //! The log: one line an event, one line a request. Prompts, answers and headers are never in it.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::{filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    Registry, filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
 
 use crate::{config::Config, error::Error};
 
@@ -12,10 +14,7 @@ use crate::{config::Config, error::Error};
 /// # Errors
 /// [`Error::Log`] when the file cannot be opened.
 pub fn start(config: &Config) -> Result<(), Error> {
-    // What is not ours speaks only when something is wrong.
-    let filter = Targets::new()
-        .with_default(config.log_level.min(LevelFilter::WARN))
-        .with_target("v4", config.log_level);
+    let (filter, handle) = reload::Layer::new(filter(config.log));
     let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false);
     let registry = tracing_subscriber::registry().with(filter);
     let started = match &config.log_file {
@@ -29,8 +28,23 @@ pub fn start(config: &Config) -> Result<(), Error> {
             registry.with(layer.with_writer(Mutex::new(file))).try_init()
         }
     };
-    if started.is_err() {
+    if started.is_err() || FILTER.set(handle).is_err() {
         tracing::debug!("the log is running already");
     }
     Ok(())
+}
+
+/// What is let through, once the log runs.
+static FILTER: OnceLock<reload::Handle<Targets, Registry>> = OnceLock::new();
+
+/// What is not ours speaks only when something is wrong.
+fn filter(level: LevelFilter) -> Targets {
+    Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("v4", level)
+}
+
+/// Logs from now on what is at least this urgent.
+pub fn set_level(level: LevelFilter) {
+    if let Some(Err(error)) = FILTER.get().map(|handle| handle.reload(filter(level))) {
+        tracing::warn!(%error, "the level of the log stays as it is");
+    }
 }

@@ -27,7 +27,7 @@ use crate::{
     },
     body::{Body, Line, Reader},
     daemon::Daemon,
-    error::{self, Refusal},
+    error::{self, Error, Refusal},
     guard::{Guard, Verdict},
     keys::Scope,
     limits,
@@ -85,6 +85,8 @@ enum Op {
     One,
     Keys,
     ChangeKeys,
+    Config,
+    Reload,
 }
 
 /// One line of the table.
@@ -99,7 +101,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 35] = [
+static ROUTES: [Route; 37] = [
     route(Method::GET, "/", Surface::Ollama, Scope::Open, Op::Alive),
     route(Method::GET, "/metrics", Surface::Ollama, Scope::Read, Op::Metrics),
     route(Method::GET, "/api/version", Surface::Ollama, Scope::Read, Op::Version),
@@ -132,6 +134,8 @@ static ROUTES: [Route; 35] = [
     route(Method::POST, "/api/pins", Surface::Ollama, Scope::Admin, Op::Pin),
     route(Method::GET, "/api/keys", Surface::Ollama, Scope::Owner, Op::Keys),
     route(Method::POST, "/api/keys", Surface::Ollama, Scope::Owner, Op::ChangeKeys),
+    route(Method::GET, "/api/config", Surface::Ollama, Scope::Admin, Op::Config),
+    route(Method::POST, "/api/config/reload", Surface::Ollama, Scope::Admin, Op::Reload),
     route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Scope::Use, Op::Chat),
     route(Method::GET, "/v1/models", Surface::OpenAi, Scope::Read, Op::List),
     route(Method::GET, "/v1/models/{*model}", Surface::OpenAi, Scope::Read, Op::One),
@@ -210,7 +214,9 @@ impl Service {
         let is_whole = method == Method::HEAD;
         let found = self.router.at(request.uri().path());
         let route = found.map_or(metrics::OTHER, |found| found.value[0].path);
-        let mut response = match self.guard.judge(request.method(), request.headers(), is_tcp) {
+        let config = self.daemon.config();
+        let (asked, headers) = (request.method(), request.headers());
+        let mut response = match self.guard.judge(asked, headers, is_tcp, &config.origins) {
             Verdict::Refuse => plain(StatusCode::FORBIDDEN, ""),
             Verdict::Preflight(headers) => with(plain(StatusCode::NO_CONTENT, ""), headers),
             Verdict::Pass(headers) => with(self.route(id, request, is_tcp).await, headers),
@@ -317,7 +323,7 @@ impl Service {
                 }
                 follow(pulling, asked.stream).await
             }
-            (Surface::Ollama, Op::Keys | Op::ChangeKeys) => self.keys(call).await,
+            (Surface::Ollama, Op::Keys | Op::ChangeKeys | Op::Reload) => self.rule(call).await,
             (Surface::Ollama, Op::Steer) => {
                 let order = ollama::decode::steer(&self.reader.read(call.body).await?.bytes)?;
                 pull::steer(daemon, order)?;
@@ -421,12 +427,18 @@ impl Service {
         }
     }
 
-    /// Lists the keys, makes one, or removes one.
-    async fn keys<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    /// Who may call, and what the settings are.
+    async fn rule<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
         let keys = Arc::clone(&self.daemon.keys);
+        if call.route.op == Op::Reload {
+            let daemon = Arc::clone(&self.daemon);
+            let wrong = |error: Error| Fault::invalid(error.to_string());
+            let again = blocking(move || daemon.reload().map_err(wrong)).await?;
+            return Ok(json(ollama::JSON_TYPE, ollama::listing::reloaded(&again)));
+        }
         if call.route.op == Op::Keys {
             let listed = blocking(move || Ok(keys.list())).await?;
             return Ok(json(ollama::JSON_TYPE, ollama::listing::keys(&listed)));
@@ -492,6 +504,7 @@ impl Service {
                 let pins = care::pins(&self.daemon).await?;
                 json(ollama::JSON_TYPE, ollama::listing::pins(&pins))
             }
+            Op::Config => json(ollama::JSON_TYPE, ollama::listing::config(&self.daemon.config())),
             Op::Usage => {
                 let usage = care::usage(&self.daemon).await?;
                 json(ollama::JSON_TYPE, ollama::listing::usage(&usage))

@@ -151,6 +151,22 @@ impl Running {
     }
 }
 
+/// Has a model in memory, for as long as the settings say.
+///
+/// # Errors
+/// As [`start`].
+pub async fn load(daemon: &Daemon, name: &ModelName) -> Result<(), Fault> {
+    let ask = Ask {
+        model: Wanted { name: name.clone(), text: name.to_string() },
+        work: Work::Load,
+        options: Options::default(),
+        fallback: Options::default(),
+        keep_alive: None,
+        truncate: true,
+    };
+    start(daemon, ask).await.map(drop)
+}
+
 /// Does what is asked, up to the first event of the answer.
 ///
 /// # Errors
@@ -158,7 +174,8 @@ impl Running {
 /// runner says.
 pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     let asked = Instant::now();
-    ask.truncate &= daemon.truncates;
+    let config = daemon.config();
+    ask.truncate &= config.truncate;
     let model = models::resolve(daemon, &ask.model).await?;
     if ask.work == Work::Unload {
         daemon.supervisor.unload(&model.record.name).await;
@@ -166,7 +183,8 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     }
     let info = models::info(daemon, &model).await?;
     let target = model.target(Some(info.clone()));
-    let keep_alive = ask.keep_alive;
+    let of_model = config.model(&model.record.name).and_then(|table| table.keep_alive);
+    let keep_alive = ask.keep_alive.or(of_model).or(Some(config.keep_alive));
     touch(daemon, &model);
     let Some(request) = request(&model, &info, ask)? else {
         daemon.supervisor.load(&target, keep_alive).await?;

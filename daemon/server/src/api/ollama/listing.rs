@@ -10,6 +10,7 @@ use v4_supervisor::{Loaded, State};
 
 use crate::{
     api::{bytes, clock, line, ollama::COMPATIBLE_WITH},
+    config::{self, Config},
     keys,
     ops::models::{Facts, Listed},
 };
@@ -296,6 +297,70 @@ struct NewKey<'a> {
 /// `/api/keys`, v4's own: a key that was made, the only time that it is told.
 pub fn new_key(text: &str) -> Vec<u8> {
     bytes(&NewKey { key: text })
+}
+
+#[derive(Serialize)]
+struct Effective<'a> {
+    file: Option<String>,
+    settings: Vec<One<'a>>,
+    ignored: Vec<Ignored<'a>>,
+}
+
+#[derive(Serialize)]
+struct One<'a> {
+    key: &'static str,
+    variable: &'static str,
+    value: Option<&'a str>,
+    source: String,
+    /// Whether a change counts without a restart.
+    live: bool,
+}
+
+#[derive(Serialize)]
+struct Ignored<'a> {
+    variable: &'static str,
+    value: &'a str,
+    why: &'a str,
+}
+
+/// `/api/config`, v4's own: what counts now, and who said it.
+pub fn config(config: &Config) -> Vec<u8> {
+    let origin = &config.origin;
+    bytes(&Effective {
+        file: origin.file.as_ref().map(|path| path.display().to_string()),
+        settings: config::SETTINGS.iter().zip(&origin.said).map(One::of).collect(),
+        ignored: origin.ignored.iter().map(Ignored::of).collect(),
+    })
+}
+
+impl<'a> One<'a> {
+    fn of((setting, said): (&config::Setting, &'a config::Said)) -> Self {
+        let shown = |text| if setting.is_secret() { "…" } else { text };
+        Self {
+            key: setting.key,
+            variable: setting.variable,
+            value: said.text.as_deref().map(shown),
+            source: said.source.to_string(),
+            live: setting.change == config::Change::Live,
+        }
+    }
+}
+
+impl<'a> Ignored<'a> {
+    fn of(one: &'a config::Ignored) -> Self {
+        Self { variable: one.variable, value: &one.value, why: &one.why }
+    }
+}
+
+#[derive(Serialize)]
+struct Reloaded<'a> {
+    changed: &'a [&'static str],
+    at_next_start: &'a [&'static str],
+}
+
+/// `/api/config/reload`, v4's own: what changed, and what will at the next start.
+pub fn reloaded(again: &config::Again) -> Vec<u8> {
+    bytes(&Reloaded { changed: &again.changed, at_next_start: &again.at_start })
 }
 
 #[derive(Serialize)]

@@ -1,0 +1,96 @@
+//! Settings of a real daemon: who said them, and what changes while it runs.
+
+use std::fs;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use v4_tests::daemon::Daemon;
+use v4_tests::home::Home;
+use v4_tests::process::{run, signal, until, v4};
+
+fn write(home: &Home, text: &str) {
+    fs::create_dir_all(home.path()).expect("a writable folder");
+    fs::write(home.path().join("config.toml"), text).expect("a writable folder");
+}
+
+/// What `v4 config --json` says of a setting: value and source.
+fn setting(home: &Home, key: &str) -> (Value, Value) {
+    let said = run(&mut v4(home, &["config", "--json"]), "");
+    let answer: Value = serde_json::from_str(said.success()).expect("JSON");
+    let all = answer["settings"].as_array().expect("a list").clone();
+    let one = all.into_iter().find(|one| one["key"] == key).expect("a setting");
+    (one["value"].clone(), one["source"].clone())
+}
+
+#[test]
+fn settings_say_where_they_come_from() {
+    let home = Home::new();
+    write(&home, "# mine\nslots = 3\npeers = 'http://v4-secret@box'\nthreads = 2\n");
+    let variables = [("OLLAMA_KEEP_ALIVE", "7m"), ("OLLAMA_VULKAN", "1")];
+    let daemon = Daemon::start_with(&home, &variables);
+    assert_eq!(setting(&home, "slots"), (json!("3"), json!("file, line 2")));
+    assert_eq!(setting(&home, "threads"), (json!("1"), json!("V4_THREADS")));
+    assert_eq!(setting(&home, "keep_alive"), (json!("7m"), json!("OLLAMA_KEEP_ALIVE")));
+    assert_eq!(setting(&home, "context"), (json!("8192"), json!("default")));
+    assert_eq!(setting(&home, "peers"), (json!("…"), json!("file, line 3")));
+    let page = run(&mut v4(&home, &["config"]), "");
+    assert!(page.success().contains("OLLAMA_VULKAN=1 changes nothing here: models run on"));
+    assert!(daemon.log().contains("OLLAMA_VULKAN"), "{}", daemon.log());
+    drop(daemon);
+    // A mistake keeps it from starting, and says where it is.
+    write(&home, "slots = 3\nkeepalive = 5\n");
+    let said = run(&mut v4(&home, &["serve"]), "");
+    let error = said.failure(1);
+    assert!(error.contains("config.toml, line 2: ") && error.contains("'keep_alive'?"), "{error}");
+}
+
+#[test]
+fn what_can_change_changes_without_a_restart() {
+    let home = Home::new();
+    home.put_golden("tiny", "llama-q4_0.gguf");
+    write(&home, "keep_alive = '1h'\n");
+    let daemon = Daemon::start(&home);
+    let asks = |origin: &str| {
+        daemon.tcp.request_with(&format!("Origin: {origin}\r\n"), "GET", "/api/tags", b"").status
+    };
+    let ask = json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 2}});
+    assert_eq!(asks("https://a.example"), 403);
+    daemon.generate(&ask);
+    assert_eq!(daemon.loaded(), ["tiny:latest"]);
+
+    write(&home, "keep_alive = 0\norigins = ['https://a.example']\nslots = 5\n");
+    let said = run(&mut v4(&home, &["config", "--reload"]), "");
+    assert_eq!(said.success(), "changed: keep_alive, origins\nat the next start: slots\n");
+    assert_eq!((asks("https://a.example"), asks("https://b.example")), (200, 403));
+    assert_eq!(setting(&home, "slots"), (json!("2"), json!("default")));
+    daemon.generate(&ask);
+    until("the model to leave", || daemon.loaded().is_empty().then_some(()));
+
+    // A mistake changes nothing.
+    write(&home, "origins = []\nlog = 'loud'\n");
+    let said = run(&mut v4(&home, &["config", "--reload"]), "");
+    assert!(said.failure(1).contains("log in line 2 of "), "{said:?}");
+    assert_eq!(asks("https://a.example"), 200);
+
+    // By signal, and for one model alone.
+    write(&home, "origins = ['https://b.example']\nlog = 'debug'\n[model.tiny]\nkeep_alive = -1\n");
+    signal(daemon.pid(), Signal::HUP);
+    until("the settings to be read", || (asks("https://b.example") == 200).then_some(()));
+    let loaded = |answer: Value| answer["models"][0]["expires_at"].clone();
+    daemon.generate(&ask);
+    let for_ever = loaded(daemon.tcp.get("/api/ps").expect(200));
+    assert!(for_ever.as_str().is_some_and(|at| &at[..3] > "210"), "{for_ever}");
+    assert!(daemon.log().contains("DEBUG"), "the log says more now");
+}
+
+#[test]
+fn a_model_is_there_from_the_start() {
+    let home = Home::new();
+    home.put_golden("tiny", "llama-q4_0.gguf");
+    write(&home, "[model.tiny]\npreload = true\n[model.gone]\npreload = true\n");
+    let daemon = Daemon::start(&home);
+    until("the model to load", || (daemon.loaded() == ["tiny:latest"]).then_some(()));
+    until("the other to be named", || {
+        daemon.log().contains("not loaded at the start").then_some(())
+    });
+}
