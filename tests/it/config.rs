@@ -94,3 +94,30 @@ fn a_model_is_there_from_the_start() {
         daemon.log().contains("not loaded at the start").then_some(())
     });
 }
+
+#[test]
+fn a_log_of_json_says_which_request_its_lines_belong_to() {
+    let home = Home::new();
+    let manifest = home.manifest("bad");
+    fs::create_dir_all(manifest.parent().expect("a folder")).expect("a writable home");
+    fs::write(manifest, "no manifest").expect("a writable home");
+    let daemon = Daemon::start_with(&home, &[("V4_LOG_FORMAT", "json")]);
+    daemon.tcp.get("/api/version").expect(200);
+    let answer = daemon.tcp.post("/api/show", &json!({"model": "bad"}));
+    assert_ne!(answer.status, 200);
+    let id = answer.field("x-request-id").and_then(|text| text.parse::<u64>().ok());
+    let id = id.expect("a number");
+    let lines = until("the request's line", || {
+        let log = daemon.log();
+        // The last line may be half written.
+        let whole = log.rsplit_once('\n').map(|(whole, _)| whole.to_owned()).unwrap_or_default();
+        let lines: Vec<Value> =
+            whole.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+        lines.iter().any(|line| line["id"] == id).then_some(lines)
+    });
+    let own = lines.iter().find(|line| line["id"] == id).expect("just found");
+    assert_eq!((&own["status"], &own["level"]), (&json!(answer.status), &json!("INFO")));
+    assert!(own["message"] == "POST \"/api/show\"" && own["ms"].is_number(), "{own}");
+    let within = lines.iter().find(|line| line["level"] == "WARN" && line["span"]["id"] == id);
+    assert!(within.is_some_and(|line| line["message"] == "the store failed"), "{lines:?}");
+}

@@ -23,8 +23,8 @@ use file::File;
 pub use file::ModelTable;
 pub use parse::bytes;
 use parse::{
-    amount, context, count, keep_alive, kv_type, level, list, listen, own_path, path, peers,
-    precision, queue, rate, slots, switch, token, url, urls,
+    amount, context, count, keep_alive, kv_type, level, list, listen, log_format, own_path, path,
+    peers, precision, queue, rate, slots, switch, token, url, urls,
 };
 use theirs::{Theirs, debug, host, same};
 
@@ -73,6 +73,15 @@ struct World {
     user: Option<PathBuf>,
     /// Whether the words are the file's, which knows no current folder.
     is_file: bool,
+}
+
+/// What a line of the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Words and `key=value`.
+    Text,
+    /// An object.
+    Json,
 }
 
 /// Who said what a setting is.
@@ -254,6 +263,9 @@ settings! {
     pub origins: Vec<String> = "V4_ORIGINS", "", Live, list, "OLLAMA_ORIGINS" same;
     /// The least that is logged: error, warn, info, debug, trace or off.
     pub log: LevelFilter = "V4_LOG", "info", Live, level, "OLLAMA_DEBUG" debug;
+    /// What a line of the log is: `text` for people, or `json` for programs. Either way it has the
+    /// number of its request, which is also the answer's `x-request-id`.
+    pub log_format: LogFormat = "V4_LOG_FORMAT", "text", Start, log_format;
     /// The file that the log goes to; not set is the standard error.
     pub log_file: Option<PathBuf> = "V4_LOG_FILE", "", Start, path;
 }

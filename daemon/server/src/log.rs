@@ -4,10 +4,18 @@ use std::sync::{Mutex, OnceLock};
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{
-    Registry, filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt,
+    Registry,
+    filter::Targets,
+    fmt::{self, writer::BoxMakeWriter},
+    layer::SubscriberExt,
+    reload,
+    util::SubscriberInitExt,
 };
 
-use crate::{config::Config, error::Error};
+use crate::{
+    config::{Config, LogFormat},
+    error::Error,
+};
 
 /// Starts the log as the settings say. A second start in one process has no effect.
 ///
@@ -15,17 +23,22 @@ use crate::{config::Config, error::Error};
 /// [`Error::Log`] when the file cannot be opened.
 pub fn start(config: &Config) -> Result<(), Error> {
     let (filter, handle) = reload::Layer::new(filter(config.log));
-    let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false);
-    let registry = tracing_subscriber::registry().with(filter);
-    let started = match &config.log_file {
-        None => registry.with(layer.with_writer(std::io::stderr)).try_init(),
+    let writer = match &config.log_file {
+        None => BoxMakeWriter::new(std::io::stderr),
         Some(path) => {
             let failed = |source| Error::Log { path: path.clone(), source };
             if let Some(folder) = path.parent() {
                 v4_store::fs::bind_dir(folder).map_err(failed)?;
             }
-            let file = v4_store::fs::open_append(path).map_err(failed)?;
-            registry.with(layer.with_writer(Mutex::new(file))).try_init()
+            BoxMakeWriter::new(Mutex::new(v4_store::fs::open_append(path).map_err(failed)?))
+        }
+    };
+    let registry = tracing_subscriber::registry().with(filter);
+    let layer = fmt::layer().with_ansi(false).with_target(false).with_writer(writer);
+    let started = match config.log_format {
+        LogFormat::Text => registry.with(layer).try_init(),
+        LogFormat::Json => {
+            registry.with(layer.json().flatten_event(true).with_span_list(false)).try_init()
         }
     };
     if started.is_err() || FILTER.set(handle).is_err() {

@@ -17,6 +17,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Body as HttpBody;
 use jiff::Timestamp;
 use matchit::Router;
+use tracing::Instrument as _;
 use v4_proto::{Digest, Fault, Lane};
 
 use crate::{
@@ -208,6 +209,7 @@ impl Service {
     {
         let began = Instant::now();
         let id = self.requests.fetch_add(1, Ordering::Relaxed);
+        let span = tracing::error_span!("request", id);
         let path: String = request.uri().path().chars().take(limits::ECHO_CHARS).collect();
         let what = format!("{} {path:?}", request.method());
         let method = request.method().clone();
@@ -219,7 +221,10 @@ impl Service {
         let mut response = match self.guard.judge(asked, headers, is_tcp, &config.origins) {
             Verdict::Refuse => plain(StatusCode::FORBIDDEN, ""),
             Verdict::Preflight(headers) => with(plain(StatusCode::NO_CONTENT, ""), headers),
-            Verdict::Pass(headers) => with(self.route(id, request, is_tcp).await, headers),
+            Verdict::Pass(headers) => {
+                let answer = self.route(id, request, is_tcp).instrument(span.clone());
+                with(answer.await, headers)
+            }
         };
         let caller = response.extensions_mut().remove::<Caller>();
         let number = HeaderValue::from(id);
@@ -227,7 +232,7 @@ impl Service {
         let status = response.status().as_u16();
         self.daemon.requests.count(&method, route, status);
         let caller = caller.map(|Caller(name)| name);
-        let line = Line { id, what, caller, status, began, bytes: 0, is_whole };
+        let line = Line { id, span, what, caller, status, began, bytes: 0, is_whole };
         response.map(|body| body.logged(line))
     }
 

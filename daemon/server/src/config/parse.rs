@@ -11,7 +11,7 @@ use tracing::level_filters::LevelFilter;
 use v4_proto::frame::{KvType, Precision};
 use v4_supervisor::KeepAlive;
 
-use super::{DEFAULT_PORT, World};
+use super::{DEFAULT_PORT, LogFormat, World};
 use crate::api;
 
 type Parsed<T> = Result<T, &'static str>;
@@ -76,6 +76,14 @@ pub fn precision(text: Option<&str>, _: &World) -> Parsed<Precision> {
 
 pub fn level(text: Option<&str>, _: &World) -> Parsed<LevelFilter> {
     value(text, "error, warn, info, debug, trace or off")
+}
+
+pub fn log_format(text: Option<&str>, _: &World) -> Parsed<LogFormat> {
+    match text {
+        Some("text") => Ok(LogFormat::Text),
+        Some("json") => Ok(LogFormat::Json),
+        _ => Err("text or json"),
+    }
 }
 
 /// Bytes, or `off`.

@@ -33,6 +33,7 @@ fn the_defaults_are_those_of_the_reference() {
     assert_eq!(config.keep_alive, KeepAlive::For(Duration::from_mins(5)));
     assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
     assert_eq!((config.log_file, config.log), (None, LevelFilter::INFO));
+    assert_eq!(config.log_format, LogFormat::Text);
     assert_eq!((config.registry, config.limit_rate), (None, None));
     assert_eq!((config.kv_disk, config.truncate), (Some(8 << 30), true));
     assert_eq!((config.memory, config.quota), (None, None));
@@ -70,6 +71,7 @@ const SET: &[(&str, &str)] = &[
     ("V4_KEYS", "off"),
     ("V4_ORIGINS", " https://a.example/, *"),
     ("V4_LOG", "debug"),
+    ("V4_LOG_FORMAT", "json"),
     ("V4_LOG_FILE", "/l"),
 ];
 
@@ -91,6 +93,7 @@ fn assert_is_set(config: &Config) {
     assert_eq!(config.limit_rate, NonZeroU64::new(2 << 20));
     assert_eq!((config.quota, config.quota_evict), (Some(200 << 30), true));
     assert_eq!((&config.keys, config.log), (&None, LevelFilter::DEBUG));
+    assert_eq!(config.log_format, LogFormat::Json);
     assert_eq!(config.origins, ["https://a.example", "*"]);
 }
 
@@ -288,6 +291,7 @@ fn a_value_that_cannot_be_meant_names_its_setting() {
         ("V4_PEERS", "http://10.0.0.2:11434/path"),
         ("V4_LIMIT_RATE", "fast"),
         ("V4_LOG", "loud"),
+        ("V4_LOG_FORMAT", "xml"),
         ("HF_TOKEN", "two words"),
         ("HF_ENDPOINT", "hub.example"),
         ("V4_NPM_URL", "http://a,http://b"),
