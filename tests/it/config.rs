@@ -1,9 +1,14 @@
 //! Settings of a real daemon: who said them, and what changes while it runs.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpListener;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use v4_tests::DEADLINE;
 use v4_tests::daemon::Daemon;
 use v4_tests::home::Home;
 use v4_tests::process::{run, signal, until, v4};
@@ -120,4 +125,72 @@ fn a_log_of_json_says_which_request_its_lines_belong_to() {
     assert!(own["message"] == "POST \"/api/show\"" && own["ms"].is_number(), "{own}");
     let within = lines.iter().find(|line| line["level"] == "WARN" && line["span"]["id"] == id);
     assert!(within.is_some_and(|line| line["message"] == "the store failed"), "{lines:?}");
+}
+
+/// A collector on a free port: its URL, and the spans that it is sent.
+fn collector() -> (String, Receiver<Vec<Value>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let (sender, receiver) = sync_channel(16);
+    thread::spawn(move || {
+        for wire in listener.incoming().map_while(Result::ok) {
+            let mut wire = BufReader::new(wire);
+            let (mut line, mut length) = (String::new(), 0);
+            while wire.read_line(&mut line).is_ok_and(|n| n > 2) {
+                if let Some(text) = line.to_lowercase().strip_prefix("content-length:") {
+                    length = text.trim().parse().expect("a length");
+                }
+                line.clear();
+            }
+            let mut body = vec![0; length];
+            wire.read_exact(&mut body).expect("a body");
+            let body: Value = serde_json::from_slice(&body).expect("JSON");
+            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
+            wire.get_mut().write_all(answer).expect("it listens");
+            let spans = body["resourceSpans"][0]["scopeSpans"][0]["spans"].as_array().cloned();
+            if sender.send(spans.expect("spans")).is_err() {
+                return;
+            }
+        }
+    });
+    (url, receiver)
+}
+
+#[test]
+fn answers_are_traced_and_a_collector_that_is_not_there_costs_nothing_else() {
+    let home = Home::new();
+    home.put_golden("tiny", "llama-q4_0.gguf");
+    let (url, sent) = collector();
+    let daemon = Daemon::start_with(&home, &[("V4_OTLP", &url)]);
+    let ask = json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 3}});
+    let answer = daemon.generate(&ask);
+    let spans = sent.recv_timeout(DEADLINE).expect("spans");
+    let names: Vec<&str> = spans.iter().filter_map(|span| span["name"].as_str()).collect();
+    assert_eq!(names, ["text_completion tiny:latest", "load", "prefill", "decode"]);
+    let fact = |key: &str| {
+        let all = spans[0]["attributes"].as_array().expect("attributes");
+        all.iter().find(|one| one["key"] == key).expect(key)["value"].clone()
+    };
+    assert_eq!(fact("gen_ai.request.model"), json!({"stringValue": "tiny:latest"}));
+    let tokens = answer["eval_count"].to_string();
+    assert_eq!(fact("gen_ai.usage.output_tokens"), json!({ "intValue": tokens }));
+    let time = |span: &Value, key: &str| -> u64 {
+        span[key].as_str().and_then(|text| text.parse().ok()).expect("nanoseconds")
+    };
+    let (start, end) = ("startTimeUnixNano", "endTimeUnixNano");
+    for span in &spans[1..] {
+        assert_eq!(span["parentSpanId"], spans[0]["spanId"]);
+        assert_eq!(span["traceId"], spans[0]["traceId"]);
+        assert!(time(span, start) >= time(&spans[0], start), "{spans:?}");
+        assert!(time(span, end) <= time(&spans[0], end) && time(span, start) <= time(span, end));
+    }
+    drop(daemon);
+    // Nobody listens there: answers come all the same, and what is lost is counted.
+    let daemon = Daemon::start_with(&home, &[("V4_OTLP", "http://127.0.0.1:1")]);
+    assert_eq!(daemon.generate(&ask)["done"], true);
+    until("the loss to be counted", || {
+        let page = daemon.tcp.get("/metrics").text();
+        page.contains("\nv4_otlp_spans_dropped_total 4\n").then_some(())
+    });
+    assert!(daemon.log().contains("the collector takes no spans"), "{}", daemon.log());
 }

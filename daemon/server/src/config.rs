@@ -23,8 +23,8 @@ use file::File;
 pub use file::ModelTable;
 pub use parse::bytes;
 use parse::{
-    amount, context, count, keep_alive, kv_type, level, list, listen, log_format, own_path, path,
-    peers, precision, queue, rate, slots, switch, token, url, urls,
+    amount, collector, context, count, keep_alive, kv_type, level, list, listen, log_format,
+    own_path, path, peers, precision, queue, rate, slots, switch, token, url, urls,
 };
 use theirs::{Theirs, debug, host, same};
 
@@ -266,6 +266,10 @@ settings! {
     /// What a line of the log is: `text` for people, or `json` for programs. Either way it has the
     /// number of its request, which is also the answer's `x-request-id`.
     pub log_format: LogFormat = "V4_LOG_FORMAT", "text", Start, log_format;
+    /// The collector of OpenTelemetry that spans of answers go to, such as `http://127.0.0.1:4318`:
+    /// OTLP as JSON over plain HTTP, with the names of its conventions for generative AI. Prompts
+    /// and answers are in none.
+    pub otlp: Option<String> = "V4_OTLP", "", Start, collector;
     /// The file that the log goes to; not set is the standard error.
     pub log_file: Option<PathBuf> = "V4_LOG_FILE", "", Start, path;
 }

@@ -17,6 +17,7 @@ use crate::{
     keys::Keys,
     limits, log,
     ops::metrics::Requests,
+    otel::Exporter,
 };
 
 /// The parts of a running daemon. Shared as `Arc<Daemon>`.
@@ -33,6 +34,8 @@ pub struct Daemon {
     config: RwLock<Arc<Config>>,
     /// Who may call over TCP.
     pub keys: Arc<Keys>,
+    /// Where spans go, if anywhere.
+    pub exporter: Option<Arc<Exporter>>,
     /// How often what was asked.
     pub requests: Requests,
     /// The figures of models asked for lately, by the digest of their weights.
@@ -45,7 +48,8 @@ impl Daemon {
         let (listen, known) = (OnceLock::new(), Mutex::default());
         let (keys, requests) = (Arc::new(Keys::off()), Requests::default());
         let config = RwLock::new(Arc::new(config));
-        Self { store, jobs, supervisor, listen, config, keys, requests, known }
+        let exporter = None;
+        Self { store, jobs, supervisor, listen, config, keys, exporter, requests, known }
     }
 
     /// The settings that count now.

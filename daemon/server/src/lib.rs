@@ -25,6 +25,7 @@ mod listen;
 mod log;
 mod ops;
 mod options;
+mod otel;
 mod patience;
 mod routes;
 
@@ -155,6 +156,7 @@ fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
     let mut daemon = Daemon::new(config.clone(), store, jobs, supervisor);
     daemon.keys = keys;
+    daemon.exporter = config.otlp.as_deref().map(otel::Exporter::start);
     daemon
 }
 

@@ -96,5 +96,17 @@ pub const KEY_NAME_CHARS: usize = 64;
 /// daemon itself, which is what `v4 keys` asks for, counts at once.
 pub const KEYS_LOOK: Duration = Duration::from_millis(500);
 
+/// Spans that wait for their collector, some 700 bytes each: a thousand answers of a moment.
+pub const SPANS: usize = 4096;
+
+/// Spans that are sent together.
+pub const SPAN_BATCH: usize = 256;
+
+/// How long a span waits for others.
+pub const SPAN_WAIT: Duration = Duration::from_millis(500);
+
+/// What a collector gets to take them.
+pub const SPAN_SEND: Duration = Duration::from_secs(5);
+
 /// Time that threads get to end at the very last; what still runs then is cut off.
 pub const LAST_WAIT: Duration = Duration::from_secs(1);

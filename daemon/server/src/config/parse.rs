@@ -118,6 +118,18 @@ pub fn token(text: Option<&str>, _: &World) -> Parsed<Option<String>> {
     }
 }
 
+/// A host and port without TLS.
+pub fn collector(text: Option<&str>, world: &World) -> Parsed<Option<String>> {
+    let is_plain = |url: &String| {
+        let host = url.strip_prefix("http://").unwrap_or_default();
+        host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+    };
+    match url(text, world) {
+        Ok(found) if found.as_ref().is_none_or(is_plain) => Ok(found),
+        _ => Err("a collector such as http://127.0.0.1:4318"),
+    }
+}
+
 pub fn url(text: Option<&str>, _: &World) -> Parsed<Option<String>> {
     let Some(text) = text else { return Ok(None) };
     let one = split_urls(text).filter(|urls| urls.len() == 1);

@@ -72,6 +72,7 @@ const SET: &[(&str, &str)] = &[
     ("V4_ORIGINS", " https://a.example/, *"),
     ("V4_LOG", "debug"),
     ("V4_LOG_FORMAT", "json"),
+    ("V4_OTLP", "http://otel:4318/"),
     ("V4_LOG_FILE", "/l"),
 ];
 
@@ -94,6 +95,7 @@ fn assert_is_set(config: &Config) {
     assert_eq!((config.quota, config.quota_evict), (Some(200 << 30), true));
     assert_eq!((&config.keys, config.log), (&None, LevelFilter::DEBUG));
     assert_eq!(config.log_format, LogFormat::Json);
+    assert_eq!(config.otlp.as_deref(), Some("http://otel:4318"));
     assert_eq!(config.origins, ["https://a.example", "*"]);
 }
 
@@ -292,6 +294,8 @@ fn a_value_that_cannot_be_meant_names_its_setting() {
         ("V4_LIMIT_RATE", "fast"),
         ("V4_LOG", "loud"),
         ("V4_LOG_FORMAT", "xml"),
+        ("V4_OTLP", "https://otel:4318"),
+        ("V4_OTLP", "http://otel/v1/traces"),
         ("HF_TOKEN", "two words"),
         ("HF_ENDPOINT", "hub.example"),
         ("V4_NPM_URL", "http://a,http://b"),
