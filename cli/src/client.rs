@@ -179,13 +179,16 @@ impl Client {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(wire)).await.map_err(lost)?;
         let mut connection: Connection = Box::pin(connection);
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(header::HOST, self.host())
             .header(header::CONTENT_TYPE, "application/json")
             .body(body)
             .expect("the parts are constants and a parsed host");
+        if let Some(key) = &self.place.key {
+            request.headers_mut().insert(header::AUTHORIZATION, key.clone());
+        }
         let response = tokio::select! {
             biased;
             response = sender.send_request(request) => response.map_err(lost)?,

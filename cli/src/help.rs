@@ -17,6 +17,7 @@ Examples:
 Environment:
   V4_HOME      where models are kept (~/.v4)
   V4_HOST      use the daemon at http://HOST:PORT instead of this user's own
+  V4_KEY       the key that it wants, made there with `v4 keys add`
   V4_SOCKET    where this user's daemon listens for these commands
 
 The first command that needs it starts the daemon in the background.

@@ -1,15 +1,18 @@
 //! Where the daemon is: its socket, or the address in `V4_HOST`.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 
+use http::HeaderValue;
 use v4_proto::paths;
 
 use crate::error::Failure;
 
 /// The variable that names a daemon elsewhere.
 const HOST_VARIABLE: &str = "V4_HOST";
+/// The variable that has the key of that daemon.
+const KEY_VARIABLE: &str = "V4_KEY";
 /// The port of an address that names none.
 const DEFAULT_PORT: u16 = 11434;
 
@@ -24,6 +27,8 @@ pub struct Place {
     pub log: PathBuf,
     /// Where to connect.
     pub target: Target,
+    /// What opens a daemon elsewhere: the value of an `Authorization` field.
+    pub key: Option<HeaderValue>,
 }
 
 /// Where to connect.
@@ -50,19 +55,43 @@ impl Place {
     /// # Errors
     /// No home directory, or a `V4_HOST` that is not an address.
     pub fn find(variable: Variable) -> Result<Self, Failure> {
-        let home = paths::home(None, variable).ok_or(Failure::Homeless)?;
+        Self::find_with(variable)
+    }
+
+    fn find_with(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Failure> {
+        let home = paths::home(None, &variable).ok_or(Failure::Homeless)?;
         let absolute = |path: PathBuf| {
             std::path::absolute(path)
                 .map_err(|source| Failure::System { what: "tell the current folder", source })
         };
         let home = absolute(home)?;
-        let log = paths::log(variable).unwrap_or_else(|| home.join(paths::LOG_FILE));
+        let log = paths::log(&variable).unwrap_or_else(|| home.join(paths::LOG_FILE));
         let target = match variable(HOST_VARIABLE).filter(|host| !host.is_empty()) {
             Some(host) => Target::Address(address(&host.to_string_lossy())?),
-            None => Target::Socket(absolute(paths::socket(&home, variable))?),
+            None => Target::Socket(absolute(paths::socket(&home, &variable))?),
         };
-        Ok(Self { home, log: absolute(log)?, target })
+        let key = match (&target, variable(KEY_VARIABLE)) {
+            (Target::Address(_), Some(key)) if !key.is_empty() => Some(bearer(&key)?),
+            _ => None,
+        };
+        Ok(Self { home, log: absolute(log)?, target, key })
     }
+}
+
+/// A key as a request shows it.
+fn bearer(key: &OsStr) -> Result<HeaderValue, Failure> {
+    let wrong = || {
+        Failure::Wrong(
+            "V4_KEY is not a key; set it to what `v4 keys add` said on the machine of the daemon"
+                .to_owned(),
+        )
+    };
+    let text =
+        key.to_str().map(str::trim).filter(|text| text.bytes().all(|b| b.is_ascii_graphic()));
+    let mut value = HeaderValue::try_from(format!("Bearer {}", text.ok_or_else(wrong)?))
+        .map_err(|_| wrong())?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 /// `host:port` of what a person wrote in `V4_HOST`: with or without `http://`, port and trailing
@@ -106,6 +135,23 @@ mod tests {
         let here = std::env::current_dir().expect("a current folder");
         assert_eq!((place.home, place.log), (here.join("h"), here.join("l")));
         assert_eq!(place.target, Target::Socket(here.join("s")));
+    }
+
+    #[test]
+    fn a_key_is_for_a_daemon_elsewhere_alone() {
+        let place = |set: &'static [(&str, &str)]| {
+            let home = ("V4_HOME", "/h");
+            let find = |name: &str| {
+                let found = set.iter().chain([&home]).find(|(key, _)| *key == name);
+                found.map(|(_, value)| OsString::from(value))
+            };
+            Place::find_with(find)
+        };
+        let far = place(&[("V4_HOST", "box"), ("V4_KEY", " v4-1 ")]).expect("a place");
+        assert!(far.key.is_some_and(|key| key == "Bearer v4-1" && key.is_sensitive()));
+        assert!(place(&[("V4_HOST", "box"), ("V4_KEY", "")]).expect("a place").key.is_none());
+        assert!(place(&[("V4_KEY", "v4-1")]).expect("a place").key.is_none());
+        assert!(place(&[("V4_HOST", "box"), ("V4_KEY", "a\nb")]).is_err());
     }
 
     #[test]

@@ -74,13 +74,15 @@ fn spawn(place: &Place) -> Result<Child, Failure> {
     if let Target::Socket(socket) = &place.target {
         command.env(paths::SOCKET_VARIABLE, socket);
     }
+    if place.log != place.home.join(paths::LOG_FILE) {
+        command.env(paths::LOG_VARIABLE, &place.log);
+    }
     command
         .arg0("v4")
         .arg("serve")
         .arg("--background")
         .arg("--home")
         .arg(&place.home)
-        .env(paths::LOG_VARIABLE, &place.log)
         // A daemon that outlives the terminal must not keep a folder of it busy, nor get its
         // Ctrl-C.
         .current_dir("/")

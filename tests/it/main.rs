@@ -10,6 +10,7 @@
 mod bad_input;
 mod chat;
 mod cli;
+mod config;
 mod crash;
 mod keep;
 mod metrics;

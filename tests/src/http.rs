@@ -66,15 +66,31 @@ impl Address {
     }
 
     fn send(&self, deadline: Duration, method: &str, path: &str, body: &[u8]) -> Wire {
+        self.send_with("", deadline, method, path, body)
+    }
+
+    fn send_with(
+        &self,
+        lines: &str,
+        deadline: Duration,
+        method: &str,
+        path: &str,
+        body: &[u8],
+    ) -> Wire {
         let mut wire = self.connect_for(deadline).expect("the server accepts connections");
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+             Content-Type: application/json\r\n{lines}Content-Length: {}\r\n\r\n",
             body.len()
         );
         // A server may refuse and close before it has read all of a long body.
         let _ = wire.write_all(head.as_bytes()).and_then(|()| wire.write_all(body));
         wire
+    }
+
+    /// Sends a request with further header lines, each with its end, and reads the whole answer.
+    pub fn request_with(&self, lines: &str, method: &str, path: &str, body: &[u8]) -> Reply {
+        Stream::read(self.send_with(lines, DEADLINE, method, path, body), method).whole()
     }
 
     /// Whether somebody is there who answers.

@@ -48,6 +48,6 @@ commands! {
     "Use a model" { run, ps, stop }
     "Keep models" { pull, pulls, import, list, show, cp, create, push, lock, rm, restore }
     "Look after models" { du, fsck, pin, prune, roots }
-    "Serve" { serve }
+    "Serve" { serve, config, keys }
     "" { runner }
 }

@@ -11,6 +11,10 @@ pub enum Code {
     NotFound,
     /// The request cannot be understood or contradicts itself.
     Invalid,
+    /// A key is wanted, and none that is known came with the request.
+    Unauthorized,
+    /// The key is known, but its scope does not reach so far.
+    Forbidden,
     /// The prompt does not fit the model's context.
     ContextOverflow,
     /// The queue of this model is full; come back later.
@@ -37,9 +41,11 @@ pub enum Code {
 
 impl Code {
     /// Every code, for tables and tests.
-    pub const ALL: [Code; 13] = [
+    pub const ALL: [Code; 15] = [
         Code::NotFound,
         Code::Invalid,
+        Code::Unauthorized,
+        Code::Forbidden,
         Code::ContextOverflow,
         Code::Overloaded,
         Code::OutOfMemory,

@@ -16,6 +16,10 @@ pub const LOG_VARIABLE: &str = "V4_LOG_FILE";
 pub const SOCKET_FILE: &str = "v4.sock";
 /// The file name of the log of a daemon that was started in the background, in the home.
 pub const LOG_FILE: &str = "v4.log";
+/// The file name of the settings, in the home.
+pub const CONFIG_FILE: &str = "config.toml";
+/// The file name of the keys that open a daemon to others, in the home.
+pub const KEYS_FILE: &str = "keys";
 /// The file name of the history of `v4 run`, in the home.
 pub const HISTORY_FILE: &str = "history";
 

@@ -221,6 +221,11 @@ impl PullError {
         }
     }
 
+    /// Whether somebody wants to know who asks.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Status { status: 401 | 403, .. })
+    }
+
     /// Says which source gave wrong bytes, where that is what went wrong.
     pub(crate) fn at(self, location: &impl std::fmt::Display, was_resumed: bool) -> Self {
         match self {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -37,6 +37,8 @@ pub(crate) struct Fetcher {
     turns: Turns,
     /// How fast the bytes of all pulls together may come.
     pub pace: Pace,
+    /// Other v4 that are asked for blobs: what [`PullConfig::peers`] says, until that changes.
+    peers: RwLock<Vec<String>>,
 }
 
 /// Who may write which key: two names may need the same file.
@@ -71,8 +73,13 @@ type Looked = (Vec<Step>, Option<Digest>, Option<Room>);
 
 impl Fetcher {
     pub fn new(store: Arc<Store>, inspector: Arc<dyn Inspector>, config: PullConfig) -> Self {
-        let pace = Pace::new(config.rate);
-        Self { store, inspector, net: Net::new(config), turns: Turns::default(), pace }
+        let (pace, peers) = (Pace::new(config.rate), RwLock::new(config.peers.clone()));
+        Self { store, inspector, net: Net::new(config), turns: Turns::default(), pace, peers }
+    }
+
+    /// From now on these are asked for blobs too.
+    pub fn set_peers(&self, peers: &[String]) {
+        *self.peers.write().unwrap_or_else(PoisonError::into_inner) = peers.to_vec();
     }
 
     /// Makes the recipe's name point to its files; how it ended is the last stage.
@@ -259,6 +266,9 @@ impl Fetcher {
                 Err(error) => error,
             };
             tracing::warn!(%location, %error, "a source failed");
+            if error.is_refusal() {
+                meter.note_refusal(location);
+            }
             // That one source is out of reach says less than that another gave wrong bytes.
             if failed.is_none() || !matches!(error, PullError::Unreachable { .. }) {
                 failed = Some(error);
@@ -269,7 +279,8 @@ impl Fetcher {
 
     /// Where a file may come from: peers first, which are near.
     fn sources(&self, file: &RecipeFile, peers: &[String]) -> Vec<Location> {
-        let all = peers.iter().chain(&self.net.config.peers);
+        let ours = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let all = peers.iter().chain(ours.iter());
         let at = |(base, digest): (&String, Digest)| Part::Peer(PeerBlob::new(base, digest)).into();
         let near =
             file.digest.into_iter().flat_map(|digest| all.clone().map(move |it| (it, digest)));

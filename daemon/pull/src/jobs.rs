@@ -229,8 +229,7 @@ impl Jobs {
                 format!("{} pulls run already; wait until one of them is done", limits::PULLS),
             ));
         }
-        let (sender, receiver) =
-            watch::channel(Progress { stage: Stage::Manifest, files: Vec::new() });
+        let (sender, receiver) = watch::channel(Progress::first());
         let is_detached = wish.is_detached;
         let control = Control { is_paused: false, is_cancelled: false, is_detached };
         let (control, pace) = (watch::Sender::new(control), Pace::new(wish.rate));
@@ -245,8 +244,7 @@ impl Jobs {
     /// Sends a stored name to its registry. The push is cancelled when nobody watches. Must be
     /// called on a tokio runtime.
     pub fn push(&self, name: &ModelName, is_plain: bool) -> Watch {
-        let (sender, receiver) =
-            watch::channel(Progress { stage: Stage::Manifest, files: Vec::new() });
+        let (sender, receiver) = watch::channel(Progress::first());
         let (shared, name) = (Arc::clone(&self.0), name.clone());
         tokio::spawn(async move {
             let Fetcher { store, net, .. } = &shared.fetcher;
@@ -292,6 +290,11 @@ impl Jobs {
     /// Bytes a second of all pulls together.
     pub fn rate(&self) -> Option<NonZeroU64> {
         self.0.fetcher.pace.rate()
+    }
+
+    /// From now on these are asked too, as [`PullConfig::peers`].
+    pub fn set_peers(&self, peers: &[String]) {
+        self.0.fetcher.set_peers(peers);
     }
 
     /// Bytes that pulls took from their sources since the start.

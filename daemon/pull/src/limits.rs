@@ -77,6 +77,9 @@ pub const PIECES: usize = 8;
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Time between two reports of progress: a person sees ten a second as smooth.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// Notes of a pull, a sentence each; a pull of many peers without keys has one of each.
+pub const NOTES: usize = 32;
+
 /// Pulls at a time; each has a connection and a writer thread.
 pub const PULLS: usize = 16;
 /// Characters of a location's text.

@@ -48,9 +48,17 @@ pub struct Progress {
     pub stage: Stage,
     /// All files, in the order of the recipe; empty until they are known.
     pub files: Vec<FileProgress>,
+    /// What a person should know though the pull goes on, such as a peer that wants a key. Each is
+    /// there once.
+    pub notes: Vec<String>,
 }
 
 impl Progress {
+    /// At the start.
+    pub(crate) fn first() -> Self {
+        Self { stage: Stage::Manifest, files: Vec::new(), notes: Vec::new() }
+    }
+
     /// Whether nothing will change any more.
     pub fn is_last(&self) -> bool {
         matches!(self.stage, Stage::Done { .. } | Stage::Failed(_))

@@ -125,6 +125,9 @@ async fn round(job: &Job<'_>, team: &mut Team, writer: Writer) -> Result<Partial
         if mirror.is_unreachable() {
             net.note_unreachable(&member.location);
         }
+        if mirror.is_refusing() {
+            job.meter.note_refusal(&member.location);
+        }
     }
     // Also after an error: whoever comes next begins when this writer is done.
     let partial = writer.finish().await;

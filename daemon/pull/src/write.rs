@@ -14,7 +14,14 @@ use tokio::{
 };
 use v4_store::{Partial, Ranges, Store, StoreError};
 
-use crate::{error::PullError, limits, pace::Pace, progress::Progress};
+use crate::{
+    error::PullError,
+    limits,
+    pace::Pace,
+    progress::Progress,
+    recipe::{Location, Part},
+    source::peer,
+};
 
 /// The right to write a key, shared by the job and its writer thread: the next one gets it when
 /// both are done.
@@ -212,6 +219,24 @@ impl<'a> Meter<'a> {
             file.source = Some(who);
             is_new
         });
+    }
+
+    /// Says something that a person should know, once.
+    pub fn note(&self, text: String) {
+        self.sender.send_if_modified(|progress| {
+            let is_new = !progress.notes.contains(&text) && progress.notes.len() < limits::NOTES;
+            if is_new {
+                progress.notes.push(text);
+            }
+            is_new
+        });
+    }
+
+    /// Says that a peer wants a key, where it is one.
+    pub fn note_refusal(&self, location: &Location) {
+        if let [Part::Peer(blob)] = location.parts() {
+            self.note(peer::refusal(blob));
+        }
     }
 
     /// Waits until so many bytes may come.

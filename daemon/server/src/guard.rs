@@ -43,8 +43,6 @@ const MAX_AGE_S: &str = "43200";
 /// The rules of one daemon.
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
-    /// Further origins.
-    pub origins: Vec<String>,
     /// The name of this machine.
     pub hostname: Option<String>,
     /// Whether the Host of a TCP request is looked at: where only this machine can connect.
@@ -63,8 +61,15 @@ pub enum Verdict {
 }
 
 impl Guard {
-    /// Judges a request. One over the unix socket has no Host worth looking at.
-    pub fn judge(&self, method: &Method, headers: &HeaderMap, is_tcp: bool) -> Verdict {
+    /// Judges a request; `origins` may call beside the usual ones. A request over the unix socket
+    /// has no Host worth looking at.
+    pub fn judge(
+        &self,
+        method: &Method,
+        headers: &HeaderMap,
+        is_tcp: bool,
+        origins: &[String],
+    ) -> Verdict {
         let text = |name| headers.get(name).map(HeaderValue::to_str);
         let host = match text(header::HOST) {
             None => "",
@@ -76,7 +81,7 @@ impl Guard {
         }
         let mut out = HeaderMap::new();
         if let Some(origin) = headers.get(header::ORIGIN) {
-            let allowed = origin.to_str().is_ok_and(|text| self.allows_origin(text, host));
+            let allowed = origin.to_str().is_ok_and(|text| allows_origin(text, host, origins));
             if !allowed {
                 return Verdict::Refuse;
             }
@@ -102,17 +107,15 @@ impl Guard {
             || self.hostname.as_ref().is_some_and(|own| own.eq_ignore_ascii_case(&name))
             || [".localhost", ".local", ".internal"].iter().any(|end| name.ends_with(end))
     }
+}
 
-    fn allows_origin(&self, origin: &str, host: &str) -> bool {
-        let origin = origin.to_ascii_lowercase();
-        let is_own = origin.split_once("://").is_some_and(|(scheme, rest)| {
-            matches!(scheme, "http" | "https")
-                && !host.is_empty()
-                && rest.eq_ignore_ascii_case(host)
-        });
-        let own = self.origins.iter().map(String::as_str);
-        is_own || own.chain(ORIGINS).any(|pattern| matches(pattern, &origin))
-    }
+fn allows_origin(origin: &str, host: &str, origins: &[String]) -> bool {
+    let origin = origin.to_ascii_lowercase();
+    let is_own = origin.split_once("://").is_some_and(|(scheme, rest)| {
+        matches!(scheme, "http" | "https") && !host.is_empty() && rest.eq_ignore_ascii_case(host)
+    });
+    let further = origins.iter().map(String::as_str);
+    is_own || further.chain(ORIGINS).any(|pattern| matches(pattern, &origin))
 }
 
 /// Whether a text fits a pattern with at most one `*`.
@@ -157,15 +160,11 @@ mod tests {
             let name: header::HeaderName = name.parse().expect("a header name");
             headers.insert(name, HeaderValue::from_str(value).expect("a header value"));
         }
-        guard.judge(method, &headers, is_tcp)
+        guard.judge(method, &headers, is_tcp, &["https://*.example.org".to_owned()])
     }
 
     fn guard() -> Guard {
-        Guard {
-            origins: vec!["https://*.example.org".to_owned()],
-            hostname: Some("workbench".to_owned()),
-            checks_host: true,
-        }
+        Guard { hostname: Some("workbench".to_owned()), checks_host: true }
     }
 
     #[test]

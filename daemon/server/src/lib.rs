@@ -19,11 +19,13 @@ mod error;
 #[cfg(test)]
 mod fixture;
 mod guard;
+mod keys;
 mod limits;
 mod listen;
 mod log;
 mod ops;
 mod options;
+mod otel;
 mod patience;
 mod routes;
 
@@ -35,7 +37,7 @@ use tokio::{
     sync::watch,
 };
 use v4_pull::{Jobs, PullConfig};
-use v4_store::{Quota, Store};
+use v4_store::Store;
 use v4_supervisor::{KvFolder, Supervisor, SupervisorConfig};
 
 pub use config::{Config, DEFAULT_PORT, Given};
@@ -44,7 +46,9 @@ pub use error::Error;
 use crate::{
     daemon::Daemon,
     guard::Guard,
+    keys::Keys,
     listen::{Listeners, Times},
+    ops::generate,
     routes::Service,
 };
 
@@ -76,14 +80,28 @@ async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
     };
     let unix = listen::unix(&config.socket)?;
     let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
-    let daemon = Arc::new(daemon(&config, store));
+    let is_far = bound.is_some_and(|address| !address.ip().is_loopback());
+    let keys = Arc::new(Keys::open(config.keys.as_deref(), is_far)?);
+    if keys.shuts_out() {
+        tracing::warn!(
+            "nobody is answered over TCP until there is a key: run `v4 keys add NAME --scope use`, \
+             or start v4 with V4_KEYS=off to let everybody in"
+        );
+    }
+    let daemon = Arc::new(daemon(&config, store, keys));
     if let Some(address) = bound {
         daemon.listen.get_or_init(|| address);
     }
-    let service = Service::new(Arc::clone(&daemon), guard(&config, bound), limits::BODY_STALL);
+    let service = Service::new(Arc::clone(&daemon), guard(bound), limits::BODY_STALL);
     let (home, socket) = (config.home.display(), config.socket.display());
     let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
+    for one in &config.origin.ignored {
+        let config::Ignored { variable, value, why } = one;
+        tracing::warn!(variable, value, why, "a variable of Ollama changes nothing here");
+    }
     tracing::info!(version = env!("CARGO_PKG_VERSION"), %home, listen = tcp_text, %socket, "ready");
+    reload_on_hangup(Arc::clone(&daemon))?;
+    preload(&daemon);
     let listeners = Listeners { tcp, unix };
     let (first, second) = (nth(stops.clone(), 1), nth(stops, 2));
     listen::serve(Arc::new(service), listeners, Times::default(), first, second).await;
@@ -96,12 +114,12 @@ async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
 }
 
 /// The parts of a daemon with these settings.
-fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
+fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
     let base = SupervisorConfig::default();
     let supervisor = SupervisorConfig {
         keep_alive: config.keep_alive,
         max_queue: config.max_queue,
-        memory_bytes: config.memory_bytes,
+        memory_bytes: config.memory,
         context: config.context,
         slots: config.slots,
         threads: config.threads,
@@ -113,7 +131,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         }),
         ..base
     };
-    store.set_quota(Quota { bytes: config.quota, evicts: config.quota_evict });
+    store.set_quota(config.store_quota());
     let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {
@@ -122,7 +140,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     if let Some(url) = &config.npm_url {
         pull.npm_url.clone_from(url);
     }
-    if let Some(registries) = &config.registries {
+    if let Some(registries) = &config.registry {
         pull.registries.clone_from(registries);
     }
     if let Some(endpoint) = &config.hf_endpoint {
@@ -136,20 +154,52 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
     pull.rate = config.limit_rate;
     let headers = Arc::new(catalog::Headers(supervisor.clone()));
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
-    let mut daemon = Daemon::new(store, jobs, supervisor);
-    daemon.truncates = config.truncates;
+    let mut daemon = Daemon::new(config.clone(), store, jobs, supervisor);
+    daemon.keys = keys;
+    daemon.exporter = config.otlp.as_deref().map(otel::Exporter::start);
     daemon
 }
 
 /// Who may call a daemon that listens on `bound`.
-fn guard(config: &Config, bound: Option<SocketAddr>) -> Guard {
+fn guard(bound: Option<SocketAddr>) -> Guard {
     let file = v4_store::fs::read(&v4_store::fs::RealFs, Path::new(HOSTNAME), HOSTNAME_BYTES);
     let hostname = file.ok().and_then(|bytes| String::from_utf8(bytes).ok());
     Guard {
-        origins: config.origins.clone(),
         hostname: hostname.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()),
         checks_host: bound.is_some_and(|address| address.ip().is_loopback()),
     }
+}
+
+/// Reads the settings again whenever SIGHUP says so.
+fn reload_on_hangup(daemon: Arc<Daemon>) -> Result<(), Error> {
+    let mut hangup = signal(SignalKind::hangup())
+        .map_err(|source| Error::Start { what: "no signals can be heard", source })?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            let daemon = Arc::clone(&daemon);
+            match tokio::task::spawn_blocking(move || daemon.reload()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::error!(%error, "the settings stay as they are"),
+                Err(error) => tracing::error!(%error, "the settings could not be read again"),
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Loads the models that are to be there from the start, one after the other.
+fn preload(daemon: &Arc<Daemon>) {
+    let daemon = Arc::clone(daemon);
+    tokio::spawn(async move {
+        let config = daemon.config();
+        for model in config.models.iter().filter(|model| model.preload) {
+            let name = &model.name;
+            match generate::load(&daemon, name).await {
+                Ok(()) => tracing::info!(%name, "loaded at the start"),
+                Err(fault) => tracing::warn!(%name, %fault, "not loaded at the start"),
+            }
+        }
+    });
 }
 
 /// Where Linux says the name of the machine; elsewhere the guard does without.

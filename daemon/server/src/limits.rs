@@ -85,5 +85,33 @@ pub const LARGE_BODY_BYTES: usize = 1 << 20;
 /// its model is no longer counted here: the queue of the model bounds how many do.
 pub const LARGE_BODIES: usize = 4;
 
+/// Bytes of the file of settings; one that says everything has some 2 KiB, and 100 a model.
+pub const CONFIG_BYTES: usize = 1 << 20;
+
+/// Bytes of the file of keys; a line has some 130.
+pub const KEYS_BYTES: usize = 1 << 20;
+
+/// Keys at a time. Each is compared with the one that a request has: 1,024 take some microseconds.
+pub const KEYS: usize = 1024;
+
+/// Characters of a key's name.
+pub const KEY_NAME_CHARS: usize = 64;
+
+/// Time between two looks at whether somebody else changed the file of keys. A change by the
+/// daemon itself, which is what `v4 keys` asks for, counts at once.
+pub const KEYS_LOOK: Duration = Duration::from_millis(500);
+
+/// Spans that wait for their collector, some 700 bytes each: a thousand answers of a moment.
+pub const SPANS: usize = 4096;
+
+/// Spans that are sent together.
+pub const SPAN_BATCH: usize = 256;
+
+/// How long a span waits for others.
+pub const SPAN_WAIT: Duration = Duration::from_millis(500);
+
+/// What a collector gets to take them.
+pub const SPAN_SEND: Duration = Duration::from_secs(5);
+
 /// Time that threads get to end at the very last; what still runs then is cut off.
 pub const LAST_WAIT: Duration = Duration::from_secs(1);

@@ -17,14 +17,20 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Body as HttpBody;
 use jiff::Timestamp;
 use matchit::Router;
+use tracing::Instrument as _;
 use v4_proto::{Digest, Fault, Lane};
 
 use crate::{
-    api::{Encode, bytes, ollama, openai, prometheus, wanted},
+    api::{
+        Encode, bytes,
+        ollama::{self, decode::KeyOrder},
+        openai, prometheus, wanted,
+    },
     body::{Body, Line, Reader},
     daemon::Daemon,
-    error::{self, Refusal},
+    error::{self, Error, Refusal},
     guard::{Guard, Verdict},
+    keys::Scope,
     limits,
     ops::{
         blobs, care, create,
@@ -41,6 +47,8 @@ pub enum Surface {
     Ollama,
     /// OpenAI's clients.
     OpenAi,
+    /// Clients of registries.
+    Oci,
 }
 
 /// What a route does.
@@ -76,6 +84,10 @@ enum Op {
     Pins,
     Pin,
     One,
+    Keys,
+    ChangeKeys,
+    Config,
+    Reload,
 }
 
 /// One line of the table.
@@ -84,48 +96,60 @@ struct Route {
     method: Method,
     path: &'static str,
     surface: Surface,
+    /// What a client must be allowed to do.
+    scope: Scope,
     op: Op,
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 33] = [
-    route(Method::GET, "/", Surface::Ollama, Op::Alive),
-    route(Method::GET, "/metrics", Surface::Ollama, Op::Metrics),
-    route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
-    route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
-    route(Method::GET, "/api/ps", Surface::Ollama, Op::Loaded),
-    route(Method::POST, "/api/show", Surface::Ollama, Op::Show),
-    route(Method::POST, "/api/generate", Surface::Ollama, Op::Generate),
-    route(Method::POST, "/api/chat", Surface::Ollama, Op::Chat),
-    route(Method::POST, "/api/pull", Surface::Ollama, Op::Pull),
-    route(Method::GET, "/api/pulls", Surface::Ollama, Op::Pulls),
-    route(Method::POST, "/api/pulls", Surface::Ollama, Op::Steer),
-    route(Method::POST, "/api/push", Surface::Ollama, Op::Push),
-    route(Method::POST, "/api/create", Surface::Ollama, Op::Create),
-    route(Method::POST, "/api/copy", Surface::Ollama, Op::Copy),
-    route(Method::HEAD, "/api/blobs/{digest}", Surface::Ollama, Op::HasBlob),
-    route(Method::POST, "/api/blobs/{digest}", Surface::Ollama, Op::PutBlob),
-    route(Method::GET, "/api/chains/{digest}", Surface::Ollama, Op::Chain),
-    route(Method::GET, "/v2/", Surface::Ollama, Op::Registry),
-    route(Method::GET, "/v2/{*path}", Surface::Ollama, Op::Registry),
-    route(Method::GET, "/api/roots", Surface::Ollama, Op::Roots),
-    route(Method::POST, "/api/roots", Surface::Ollama, Op::ChangeRoots),
-    route(Method::GET, "/api/du", Surface::Ollama, Op::Usage),
-    route(Method::POST, "/api/prune", Surface::Ollama, Op::Prune),
-    route(Method::POST, "/api/fsck", Surface::Ollama, Op::Check),
-    route(Method::DELETE, "/api/delete", Surface::Ollama, Op::Delete),
-    route(Method::GET, "/api/deleted", Surface::Ollama, Op::Deleted),
-    route(Method::POST, "/api/restore", Surface::Ollama, Op::Restore),
-    route(Method::POST, "/api/import", Surface::Ollama, Op::Import),
-    route(Method::GET, "/api/pins", Surface::Ollama, Op::Pins),
-    route(Method::POST, "/api/pins", Surface::Ollama, Op::Pin),
-    route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Op::Chat),
-    route(Method::GET, "/v1/models", Surface::OpenAi, Op::List),
-    route(Method::GET, "/v1/models/{*model}", Surface::OpenAi, Op::One),
+static ROUTES: [Route; 37] = [
+    route(Method::GET, "/", Surface::Ollama, Scope::Open, Op::Alive),
+    route(Method::GET, "/metrics", Surface::Ollama, Scope::Read, Op::Metrics),
+    route(Method::GET, "/api/version", Surface::Ollama, Scope::Read, Op::Version),
+    route(Method::GET, "/api/tags", Surface::Ollama, Scope::Read, Op::List),
+    route(Method::GET, "/api/ps", Surface::Ollama, Scope::Use, Op::Loaded),
+    route(Method::POST, "/api/show", Surface::Ollama, Scope::Use, Op::Show),
+    route(Method::POST, "/api/generate", Surface::Ollama, Scope::Use, Op::Generate),
+    route(Method::POST, "/api/chat", Surface::Ollama, Scope::Use, Op::Chat),
+    route(Method::POST, "/api/pull", Surface::Ollama, Scope::Admin, Op::Pull),
+    route(Method::GET, "/api/pulls", Surface::Ollama, Scope::Admin, Op::Pulls),
+    route(Method::POST, "/api/pulls", Surface::Ollama, Scope::Admin, Op::Steer),
+    route(Method::POST, "/api/push", Surface::Ollama, Scope::Admin, Op::Push),
+    route(Method::POST, "/api/create", Surface::Ollama, Scope::Admin, Op::Create),
+    route(Method::POST, "/api/copy", Surface::Ollama, Scope::Admin, Op::Copy),
+    route(Method::HEAD, "/api/blobs/{digest}", Surface::Ollama, Scope::Admin, Op::HasBlob),
+    route(Method::POST, "/api/blobs/{digest}", Surface::Ollama, Scope::Admin, Op::PutBlob),
+    route(Method::GET, "/api/chains/{digest}", Surface::Ollama, Scope::Read, Op::Chain),
+    route(Method::GET, "/v2/", Surface::Oci, Scope::Read, Op::Registry),
+    route(Method::GET, "/v2/{*path}", Surface::Oci, Scope::Read, Op::Registry),
+    route(Method::GET, "/api/roots", Surface::Ollama, Scope::Admin, Op::Roots),
+    route(Method::POST, "/api/roots", Surface::Ollama, Scope::Admin, Op::ChangeRoots),
+    route(Method::GET, "/api/du", Surface::Ollama, Scope::Admin, Op::Usage),
+    route(Method::POST, "/api/prune", Surface::Ollama, Scope::Admin, Op::Prune),
+    route(Method::POST, "/api/fsck", Surface::Ollama, Scope::Admin, Op::Check),
+    route(Method::DELETE, "/api/delete", Surface::Ollama, Scope::Admin, Op::Delete),
+    route(Method::GET, "/api/deleted", Surface::Ollama, Scope::Admin, Op::Deleted),
+    route(Method::POST, "/api/restore", Surface::Ollama, Scope::Admin, Op::Restore),
+    route(Method::POST, "/api/import", Surface::Ollama, Scope::Admin, Op::Import),
+    route(Method::GET, "/api/pins", Surface::Ollama, Scope::Admin, Op::Pins),
+    route(Method::POST, "/api/pins", Surface::Ollama, Scope::Admin, Op::Pin),
+    route(Method::GET, "/api/keys", Surface::Ollama, Scope::Owner, Op::Keys),
+    route(Method::POST, "/api/keys", Surface::Ollama, Scope::Owner, Op::ChangeKeys),
+    route(Method::GET, "/api/config", Surface::Ollama, Scope::Admin, Op::Config),
+    route(Method::POST, "/api/config/reload", Surface::Ollama, Scope::Admin, Op::Reload),
+    route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Scope::Use, Op::Chat),
+    route(Method::GET, "/v1/models", Surface::OpenAi, Scope::Read, Op::List),
+    route(Method::GET, "/v1/models/{*model}", Surface::OpenAi, Scope::Read, Op::One),
 ];
 
-const fn route(method: Method, path: &'static str, surface: Surface, op: Op) -> Route {
-    Route { method, path, surface, op }
+const fn route(
+    method: Method,
+    path: &'static str,
+    surface: Surface,
+    scope: Scope,
+    op: Op,
+) -> Route {
+    Route { method, path, surface, scope, op }
 }
 
 /// What every request is served with.
@@ -150,6 +174,10 @@ struct Call<B> {
     range: Option<HeaderValue>,
     body: B,
 }
+
+/// The name of the key that a request came with, for its line in the log.
+#[derive(Clone)]
+struct Caller(String);
 
 /// The header that says how urgent a request is: `interactive` or `background`.
 const LANE: &str = "x-v4-lane";
@@ -181,26 +209,34 @@ impl Service {
     {
         let began = Instant::now();
         let id = self.requests.fetch_add(1, Ordering::Relaxed);
+        let span = tracing::error_span!("request", id);
         let path: String = request.uri().path().chars().take(limits::ECHO_CHARS).collect();
         let what = format!("{} {path:?}", request.method());
         let method = request.method().clone();
         let is_whole = method == Method::HEAD;
         let found = self.router.at(request.uri().path());
         let route = found.map_or(metrics::OTHER, |found| found.value[0].path);
-        let mut response = match self.guard.judge(request.method(), request.headers(), is_tcp) {
+        let config = self.daemon.config();
+        let (asked, headers) = (request.method(), request.headers());
+        let mut response = match self.guard.judge(asked, headers, is_tcp, &config.origins) {
             Verdict::Refuse => plain(StatusCode::FORBIDDEN, ""),
             Verdict::Preflight(headers) => with(plain(StatusCode::NO_CONTENT, ""), headers),
-            Verdict::Pass(headers) => with(self.route(id, request).await, headers),
+            Verdict::Pass(headers) => {
+                let answer = self.route(id, request, is_tcp).instrument(span.clone());
+                with(answer.await, headers)
+            }
         };
+        let caller = response.extensions_mut().remove::<Caller>();
         let number = HeaderValue::from(id);
         response.headers_mut().insert("x-request-id", number);
         let status = response.status().as_u16();
         self.daemon.requests.count(&method, route, status);
-        let line = Line { id, what, status, began, bytes: 0, is_whole };
+        let caller = caller.map(|Caller(name)| name);
+        let line = Line { id, span, what, caller, status, began, bytes: 0, is_whole };
         response.map(|body| body.logged(line))
     }
 
-    async fn route<B>(&self, id: u64, request: Request<B>) -> Response<Body>
+    async fn route<B>(&self, id: u64, request: Request<B>, is_tcp: bool) -> Response<Body>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
@@ -216,6 +252,11 @@ impl Service {
         let Some(&route) = found.value.iter().find(|route| route.method == asked) else {
             return wrong_method(found.value);
         };
+        let keys = &self.daemon.keys;
+        let caller = match keys.judge(request.headers(), is_tcp, route.scope).await {
+            Ok(caller) => caller,
+            Err(fault) => return refused(route.surface, &fault.into()),
+        };
         let rest = ["model", "digest", "path"].iter().find_map(|name| found.params.get(name));
         let rest = rest.unwrap_or_default().to_owned();
         let lane = match lane(request.headers()) {
@@ -230,7 +271,11 @@ impl Service {
             tracing::error!(id, "a request panicked");
             Err(Fault::internal("v4 made a mistake; its log has the details").into())
         });
-        result.unwrap_or_else(|refusal| refused(route.surface, &refusal))
+        let mut response = result.unwrap_or_else(|refusal| refused(route.surface, &refusal));
+        if let Some(name) = caller {
+            response.extensions_mut().insert(Caller(name));
+        }
+        response
     }
 
     async fn run<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
@@ -265,7 +310,7 @@ impl Service {
                 Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
             }
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
-            (Surface::Ollama, Op::Registry) => {
+            (Surface::Oci, _) => {
                 Ok(registry::answer(daemon, &call.rest, call.range.as_ref()).await?)
             }
             (Surface::Ollama, Op::Chain) => Ok(registry::chain(daemon, &call.rest).await?),
@@ -283,6 +328,7 @@ impl Service {
                 }
                 follow(pulling, asked.stream).await
             }
+            (Surface::Ollama, Op::Keys | Op::ChangeKeys | Op::Reload) => self.rule(call).await,
             (Surface::Ollama, Op::Steer) => {
                 let order = ollama::decode::steer(&self.reader.read(call.body).await?.bytes)?;
                 pull::steer(daemon, order)?;
@@ -386,6 +432,34 @@ impl Service {
         }
     }
 
+    /// Who may call, and what the settings are.
+    async fn rule<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let keys = Arc::clone(&self.daemon.keys);
+        if call.route.op == Op::Reload {
+            let daemon = Arc::clone(&self.daemon);
+            let wrong = |error: Error| Fault::invalid(error.to_string());
+            let again = blocking(move || daemon.reload().map_err(wrong)).await?;
+            return Ok(json(ollama::JSON_TYPE, ollama::listing::reloaded(&again)));
+        }
+        if call.route.op == Op::Keys {
+            let listed = blocking(move || Ok(keys.list())).await?;
+            return Ok(json(ollama::JSON_TYPE, ollama::listing::keys(&listed)));
+        }
+        match ollama::decode::change_keys(&self.reader.read(call.body).await?.bytes)? {
+            KeyOrder::Add(name, scope) => {
+                let text = blocking(move || keys.add(&name, scope)).await?;
+                Ok(json(ollama::JSON_TYPE, ollama::listing::new_key(&text)))
+            }
+            KeyOrder::Remove(name) => {
+                blocking(move || keys.remove(&name)).await?;
+                Ok(plain(StatusCode::OK, ""))
+            }
+        }
+    }
+
     /// Takes a blob.
     async fn take<B>(&self, body: &mut B, digest: Digest) -> Result<Response<Body>, Refusal>
     where
@@ -435,6 +509,7 @@ impl Service {
                 let pins = care::pins(&self.daemon).await?;
                 json(ollama::JSON_TYPE, ollama::listing::pins(&pins))
             }
+            Op::Config => json(ollama::JSON_TYPE, ollama::listing::config(&self.daemon.config())),
             Op::Usage => {
                 let usage = care::usage(&self.daemon).await?;
                 json(ollama::JSON_TYPE, ollama::listing::usage(&usage))
@@ -446,6 +521,16 @@ impl Service {
             _ => plain(StatusCode::OK, "Ollama is running"),
         })
     }
+}
+
+/// Does work that blocks on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a request's work panicked");
+        Err(Fault::internal("v4 made a mistake; its log has the details"))
+    })
 }
 
 /// Does what is asked and writes the answer: in one piece, or as it comes.
@@ -659,8 +744,16 @@ fn refused(surface: Surface, refusal: &Refusal) -> Response<Body> {
     let mut response = match surface {
         Surface::Ollama => json(ollama::JSON_TYPE, bytes(&error::ollama_body(&refusal.fault))),
         Surface::OpenAi => json(openai::JSON_TYPE, bytes(&error::openai_body(&refusal.fault))),
+        Surface::Oci => json("application/json", bytes(&error::registry_body(&refusal.fault))),
     };
     *response.status_mut() = refusal.status;
+    if refusal.status == StatusCode::UNAUTHORIZED {
+        // Clients of registries send a password only to who asks for one.
+        let basic = surface == Surface::Oci;
+        let challenge = if basic { "Basic realm=\"v4\"" } else { "Bearer realm=\"v4\"" };
+        let challenge = HeaderValue::from_static(challenge);
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+    }
     if refusal.status == StatusCode::SERVICE_UNAVAILABLE {
         let seconds = HeaderValue::from_static(error::RETRY_AFTER_S);
         response.headers_mut().insert(header::RETRY_AFTER, seconds);

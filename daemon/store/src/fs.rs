@@ -366,3 +366,23 @@ pub fn descriptors(wanted: u64) -> u64 {
     }
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
+
+/// Replaces a small file of mode 0600 in one step: a reader sees the old bytes or the new ones.
+///
+/// # Errors
+/// What the system says; then the old bytes are there.
+pub fn replace_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(path);
+    bind_dir(folder)?;
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let staging = folder.join(name);
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&staging)?;
+    // What a crash left there may have another mode.
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&staging, path)?;
+    fs::File::open(folder)?.sync_all()
+}

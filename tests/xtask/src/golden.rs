@@ -103,27 +103,60 @@ const OLLAMAS: &[&str] = &[
     "/",
 ];
 
-/// The fields of the daemon's settings whose comment names a variable.
+/// The settings, each as its declaration has it.
 fn settings(page: &mut String, source: &str) {
     page.push_str(
-        "\n## Settings\n\nRead once, when the daemon starts. A switch of `v4 serve` comes before its \
-         variable.\n\n| variable | what it says |\n|---|---|\n",
+        "\n## Settings\n\nA switch of `v4 serve` comes before a variable, a variable before the file, the \
+         file before a variable of Ollama. The file is `config.toml` in the home, or what `V4_CONFIG` \
+         names (`off` reads none): TOML, with the keys below, whose values are in the same words; lists \
+         may be lists. `v4 config` shows what counts and who said it. `v4 config --reload` and SIGHUP \
+         have the file read again: what is live changes at once, the rest at the next start, and a file \
+         with a mistake changes nothing. Paths may begin with `~/` or `$V4_HOME/`.\n\n\
+         ```toml\nkeep_alive = \"10m\"\nquota = \"200G\"\npeers = [\"http://10.0.0.2:11434\"]\n\n\
+         [model.\"qwen3:8b\"]\nkeep_alive = -1   # instead of the one above\n\
+         preload = true    # loaded when v4 starts\n```\n\n\
+         | key | variable | default | live | what it says |\n|---|---|---|---|---|\n",
     );
-    for (comment, _) in commented(source, "pub ") {
-        let variable = comment
-            .split('`')
-            .find(|word| ["V4_", "HF_"].iter().any(|start| word.starts_with(start)));
-        if let Some(variable) = variable {
-            let said = comment.replacen(&format!(" (`{variable}`)"), "", 1);
-            let said = said.replace("`None` (written `off`)", "`off`").replace("`None`", "not set");
-            let _ = writeln!(page, "| `{variable}` | {said} |");
-        }
+    for Declared { key, words, is_live, said } in declared(source) {
+        let [variable, default, theirs] = words;
+        let theirs = theirs.map(|name| format!("<br>`{name}`")).unwrap_or_default();
+        let default = default.filter(|text| !text.is_empty());
+        let default = default.map(|text| format!("`{text}`")).unwrap_or_default();
+        let (variable, live) = (variable.unwrap_or_default(), if is_live { "yes" } else { "" });
+        let _ = writeln!(page, "| `{key}` | `{variable}`{theirs} | {default} | {live} | {said} |");
     }
     page.push_str(
-        "\nThe other commands know `V4_HOME` and `V4_SOCKET` too, and `V4_HOST`: the daemon at \
-         `http://HOST:PORT` instead of this user's own. Pulls and pushes go through the proxies that \
-         `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name.\n",
+        "\n`V4_HOME` is the folder of blobs, names and the index, `V4_SOCKET` the unix socket. The other \
+         commands know both too, and `V4_HOST`: the daemon at `http://HOST:PORT` instead of this \
+         user's own, with the key that it wants in `V4_KEY`. Pulls and pushes go through the proxies \
+         that `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name. Those of Ollama's variables that mean \
+         nothing here are named with the reason by `v4 config` where they are set.\n",
     );
+}
+
+/// A setting as `settings!` declares it.
+struct Declared<'a> {
+    key: &'a str,
+    /// Variable, default, Ollama's variable.
+    words: [Option<&'a str>; 3],
+    is_live: bool,
+    said: String,
+}
+
+/// The declarations of `settings!`.
+fn declared(source: &str) -> Vec<Declared<'_>> {
+    let list = source.split("\nsettings! {\n").nth(1).and_then(|rest| rest.split("\n}\n").next());
+    let items = commented(list.unwrap_or_default(), "pub ").into_iter();
+    let declared = items.filter_map(|(said, line)| {
+        let mut words = line.split('"').skip(1).step_by(2);
+        Some(Declared {
+            key: line.strip_prefix("pub ")?.split(':').next()?,
+            words: [words.next(), words.next(), words.next()],
+            is_live: line.contains(", Live, "),
+            said,
+        })
+    });
+    declared.collect()
 }
 
 /// Every error code with its status and meaning.
@@ -156,21 +189,31 @@ fn codes(page: &mut String, faults: &str, statuses: &str) -> Result<(), String> 
 fn routes(page: &mut String, source: &str) {
     page.push_str(
         "\n## Routes\n\n`GET` routes answer `HEAD` too. Those that are v4's own take and give JSON with \
-         the fields of the command that uses them.\n\n| method | path | whose words |\n|---|---|---|\n",
+         the fields of the command that uses them. Where keys are wanted (`V4_KEYS`), the last column \
+         is the scope that a key must have at least: `read`, `use` or `admin`. The unix socket needs none. \
+         Without a key that is known the answer is 401, with one of a lesser scope 403. `admin*` is \
+         never without a key over TCP.\n\n| method | path | whose words | scope |\n|---|---|---|---|\n",
     );
     let table = source.split("static ROUTES").nth(1).and_then(|rest| rest.split("];").next());
     for line in table.unwrap_or_default().lines().map(str::trim) {
         let inside = line.strip_prefix("route(Method::").and_then(|rest| rest.split_once(", "));
         let Some((method, rest)) = inside else { continue };
         let path = rest.split('"').nth(1).unwrap_or_default();
-        let surface = rest.split("Surface::").nth(1).and_then(|rest| rest.split(',').next());
+        let word = |of: &str| rest.split(of).nth(1).and_then(|rest| rest.split(',').next());
+        let surface = word("Surface::");
+        let scope = match word("Scope::").unwrap_or_default() {
+            "Open" => "-".to_owned(),
+            "Owner" => "admin*".to_owned(),
+            scope => scope.to_lowercase(),
+        };
         let is_ollamas = OLLAMAS.contains(&path) || path.starts_with(OLLAMAS[0]);
         let whose = match surface.unwrap_or_default() {
             "Ollama" if !is_ollamas => "v4",
             "OpenAi" => "OpenAI",
+            "Oci" => "registries",
             surface => surface,
         };
-        let _ = writeln!(page, "| {method} | `{path}` | {whose} |");
+        let _ = writeln!(page, "| {method} | `{path}` | {whose} | {scope} |");
     }
 }
 
@@ -268,6 +311,22 @@ mod tests {
         let table =
             "|---|---|---|\n| `v4_a` | gauge | What. |\n| `v4_b` | histogram | How long. |\n";
         assert!(page.ends_with(table), "{page}");
+    }
+
+    #[test]
+    fn settings_are_found_where_they_are_declared() {
+        let source = concat!(
+            "x\nsettings! {\n    /// What;\n    /// it is.\n",
+            "    pub a: T<B> = \"V4_A\", \"\", Live, f;\n    /// B.\n",
+            "    pub b: C = \"V4_B\", \"5m\", Start, f, \"OLLAMA_B\" same;\n}\n/// No.\n"
+        );
+        let mut page = String::new();
+        settings(&mut page, source);
+        assert!(
+            page.contains("|---|\n| `a` | `V4_A` |  | yes | What; it is. |\n| `b` |"),
+            "{page}"
+        );
+        assert!(page.contains("| `b` | `V4_B`<br>`OLLAMA_B` | `5m` |  | B. |\n\n"), "{page}");
     }
 
     #[test]

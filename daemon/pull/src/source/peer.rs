@@ -40,6 +40,15 @@ pub(crate) async fn chain(net: &Net, blob: &PeerBlob, size: u64) -> Option<Chain
     Chain::decode(&bytes, size).filter(|chain| !chain.is_empty())
 }
 
+/// What is said of a peer that wants a key, or another one.
+pub(crate) fn refusal(blob: &PeerBlob) -> String {
+    let peer = super::host(&blob.base);
+    format!(
+        "the v4 at {peer} refuses: it wants a key with the scope read, written as \
+         http://KEY@{peer}; what it would have sent comes from elsewhere"
+    )
+}
+
 /// A path at a peer. A key in its address is shown as a token, as everywhere.
 fn target(base: &str, path: &str) -> Target {
     let base = base.trim_end_matches('/');

@@ -72,6 +72,8 @@ struct State {
     is_gone: bool,
     /// It could not even be reached.
     is_unreachable: bool,
+    /// It wants to know who asks.
+    is_refusing: bool,
     /// Workers that ask it, and how many may.
     n_workers: usize,
     max_workers: usize,
@@ -93,6 +95,7 @@ impl<'a> Mirror<'a> {
             knows_ranges: None,
             is_gone: false,
             is_unreachable: false,
+            is_refusing: false,
             n_workers: 0,
             max_workers: limits::RANGES,
             rests_until: None,
@@ -119,6 +122,11 @@ impl<'a> Mirror<'a> {
     /// Whether it could not be reached.
     pub fn is_unreachable(&self) -> bool {
         self.state().is_unreachable
+    }
+
+    /// Whether it wants a key, or another one.
+    pub fn is_refusing(&self) -> bool {
+        self.state().is_refusing
     }
 
     /// How much a worker would like to ask it; `None` where it may not.
@@ -345,6 +353,7 @@ impl<'a> Crew<'a> {
         let mut state = self.mirrors[m].state();
         state.is_gone = true;
         state.is_unreachable = matches!(error, PullError::Unreachable { .. });
+        state.is_refusing = error.is_refusal();
         drop(state);
         if self.mirrors.iter().all(|mirror| mirror.state().is_gone) {
             return Err(error);

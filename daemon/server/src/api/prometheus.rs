@@ -136,6 +136,8 @@ const STORE: Family =
     gauge("v4_store_bytes", "Disk by `kind`: models, and orphans, deleted, partials.");
 const PULLS: Family = gauge("v4_pulls_running", "Pulls that run or are paused.");
 const PULLED: Family = counter("v4_pull_bytes_total", "Bytes that pulls took from their sources.");
+const DROPPED: Family =
+    counter("v4_otlp_spans_dropped_total", "Spans that the collector of `V4_OTLP` did not take.");
 const BUILD: Family = gauge("v4_build_info", "Always 1; `version` is that of the daemon.");
 
 /// All figures as text.
@@ -197,6 +199,7 @@ fn machine(page: &mut Page, snapshot: &Snapshot) {
     }
     page.one(&PULLS, snapshot.n_pulls as f64);
     page.one(&PULLED, snapshot.pull_bytes as f64);
+    page.one(&DROPPED, snapshot.spans_dropped as f64);
     page.begin(&BUILD);
     page.line(BUILD.name, &[("version", env!("CARGO_PKG_VERSION"))], 1.0);
 }
@@ -291,6 +294,7 @@ mod tests {
             usage: Some(usage),
             n_pulls: 1,
             pull_bytes: u64::from(u32::MAX) + 1,
+            spans_dropped: 7,
         });
         for line in [
             "vllm:num_requests_running{model_name=\"a\\\"b\\\\c\\nd\"} 2",
@@ -300,6 +304,7 @@ mod tests {
             "v4_store_bytes{kind=\"models\"} 7",
             "v4_store_bytes{kind=\"orphans\"} 3",
             "v4_pull_bytes_total 4294967296",
+            "v4_otlp_spans_dropped_total 7",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
@@ -336,6 +341,6 @@ mod tests {
                 assert!(name == current || own.iter().any(|own| own == name), "{line}");
             }
         }
-        assert_eq!(seen.len(), NOW.len() + COUNTED.len() + TIMED.len() + 9);
+        assert_eq!(seen.len(), NOW.len() + COUNTED.len() + TIMED.len() + 10);
     }
 }

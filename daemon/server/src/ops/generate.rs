@@ -1,7 +1,7 @@
 //! Answers: what a surface asks for becomes a request with the model's own settings merged in, and
 //! the supervisor's events come back.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use v4_proto::{
@@ -14,6 +14,7 @@ use crate::{
     daemon::Daemon,
     ops::models::{self, Model, Wanted},
     options::Options,
+    otel::Trace,
 };
 
 /// What a surface asks of a model.
@@ -100,6 +101,7 @@ pub struct Running {
     first: Option<Event>,
     answer: Answer,
     asked: Instant,
+    trace: Option<Trace>,
 }
 
 /// What comes next of an answer.
@@ -122,8 +124,16 @@ impl Running {
         };
         Some(match event {
             Event::Delta(delta) => Step::Delta(delta),
-            Event::Failed(fault) => Step::Failed(fault),
+            Event::Failed(fault) => {
+                if let Some(trace) = self.trace.take() {
+                    trace.failed(&fault);
+                }
+                Step::Failed(fault)
+            }
             Event::Done(done) => {
+                if let Some(trace) = self.trace.take() {
+                    trace.done(&done, Duration::from_nanos(self.answer.load_ns()));
+                }
                 let total_ns = u64::try_from(self.asked.elapsed().as_nanos()).unwrap_or(u64::MAX);
                 Step::End(End { done, load_ns: self.answer.load_ns(), total_ns })
             }
@@ -151,6 +161,22 @@ impl Running {
     }
 }
 
+/// Has a model in memory, for as long as the settings say.
+///
+/// # Errors
+/// As [`start`].
+pub async fn load(daemon: &Daemon, name: &ModelName) -> Result<(), Fault> {
+    let ask = Ask {
+        model: Wanted { name: name.clone(), text: name.to_string() },
+        work: Work::Load,
+        options: Options::default(),
+        fallback: Options::default(),
+        keep_alive: None,
+        truncate: true,
+    };
+    start(daemon, ask).await.map(drop)
+}
+
 /// Does what is asked, up to the first event of the answer.
 ///
 /// # Errors
@@ -158,7 +184,8 @@ impl Running {
 /// runner says.
 pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     let asked = Instant::now();
-    ask.truncate &= daemon.truncates;
+    let config = daemon.config();
+    ask.truncate &= config.truncate;
     let model = models::resolve(daemon, &ask.model).await?;
     if ask.work == Work::Unload {
         daemon.supervisor.unload(&model.record.name).await;
@@ -166,20 +193,39 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     }
     let info = models::info(daemon, &model).await?;
     let target = model.target(Some(info.clone()));
-    let keep_alive = ask.keep_alive;
+    let of_model = config.model(&model.record.name).and_then(|table| table.keep_alive);
+    let keep_alive = ask.keep_alive.or(of_model).or(Some(config.keep_alive));
+    let operation = match ask.work {
+        Work::Chat { .. } => "chat",
+        _ => "text_completion",
+    };
     let Some(request) = request(&model, &info, ask)? else {
         daemon.supervisor.load(&target, keep_alive).await?;
         touch(daemon, &model);
         return Ok(Started::Settled(Settled::Loaded));
     };
-    let mut answer = daemon.supervisor.generate(&target, request, keep_alive).await?;
-    let first = match answer.next().await {
-        Some(Event::Failed(fault)) => return Err(fault),
-        first => first,
+    let named = |exporter| Trace::new(exporter, operation, model.record.name.to_string());
+    let mut trace = daemon.exporter.as_ref().map(named);
+    let begun = async {
+        let mut answer = daemon.supervisor.generate(&target, request, keep_alive).await?;
+        match answer.next().await {
+            Some(Event::Failed(fault)) => Err(fault),
+            first => Ok((answer, first)),
+        }
     };
-    // Not before: it would take a core from the engine.
-    touch(daemon, &model);
-    Ok(Started::Answering(Running { first, answer, asked }))
+    match begun.await {
+        Ok((answer, first)) => {
+            // Not before: it would take a core from the engine.
+            touch(daemon, &model);
+            Ok(Started::Answering(Running { first, answer, asked, trace }))
+        }
+        Err(fault) => {
+            if let Some(trace) = trace.take() {
+                trace.failed(&fault);
+            }
+            Err(fault)
+        }
+    }
 }
 
 /// Notes the use of a name. Only figures for listings: nobody waits for it, and a failure is in

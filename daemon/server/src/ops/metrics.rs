@@ -66,6 +66,8 @@ pub struct Snapshot {
     pub n_pulls: usize,
     /// Bytes that pulls took since the start.
     pub pull_bytes: u64,
+    /// Spans that no collector got.
+    pub spans_dropped: u64,
 }
 
 /// Reads everything. That the store cannot be read is in the log and costs its figures alone.
@@ -76,5 +78,6 @@ pub async fn read(daemon: &Daemon) -> Snapshot {
         usage: care::usage(daemon).await.ok(),
         n_pulls: daemon.jobs.list().len(),
         pull_bytes: daemon.jobs.bytes(),
+        spans_dropped: daemon.exporter.as_ref().map_or(0, |exporter| exporter.dropped()),
     }
 }

@@ -10,7 +10,7 @@ use v4_proto::Ability;
 use v4_store::Role;
 
 use super::*;
-use crate::fixture::Fixture;
+use crate::{fixture::Fixture, keys::Keys};
 
 /// An answer, read to its end.
 struct Read {
@@ -720,4 +720,79 @@ async fn chains_are_told_of_what_is_here() {
     let chain = fixture.service.respond(request, true).await;
     let chain = chain.into_body().collect().await.expect("a body never fails").to_bytes();
     assert_eq!(chain.len(), 32, "one whole part of 8 MiB");
+}
+
+#[tokio::test]
+async fn every_route_wants_a_key_of_its_scope_and_refuses_in_its_own_words() {
+    let open = |home: &std::path::Path| Keys::open(Some(&home.join("keys")), true).expect("none");
+    let fixture = Fixture::with_keys(Duration::from_millis(100), open);
+    let scopes = [Scope::Read, Scope::Use, Scope::Admin];
+    let texts =
+        scopes.map(|scope| fixture.daemon.keys.add(&scope.to_string(), scope).expect("a key"));
+    for route in &ROUTES {
+        let path = route.path.replace("{*path}", "x").replace("{*model}", "m");
+        let path = path.replace("{digest}", "sha256:x");
+        let ask = async |key: Option<&str>, is_tcp| {
+            let request = Request::builder().method(&route.method).uri(&path);
+            let request = match key {
+                Some(key) => request.header("x-api-key", key),
+                None => request.header(header::HOST, "localhost"),
+            };
+            let request = request.body(Full::new(Bytes::new())).expect("a request");
+            read(fixture.service.respond(request, is_tcp).await).await
+        };
+        let is_open = route.scope == Scope::Open;
+        let answer = ask(None, true).await;
+        assert_eq!(answer.status != 401, is_open, "{} {}", route.method, path);
+        if !is_open {
+            let challenge = answer.headers[header::WWW_AUTHENTICATE].to_str().expect("text");
+            let body = answer.json();
+            let (scheme, message) = match route.surface {
+                Surface::Ollama => ("Bearer", &body["error"]),
+                Surface::OpenAi => ("Bearer", &body["error"]["message"]),
+                Surface::Oci => ("Basic", &body["errors"][0]["message"]),
+            };
+            assert!(challenge.starts_with(scheme), "{path}: {challenge}");
+            assert!(message.as_str().expect("a message").contains("wants a key"), "{body}");
+        }
+        for (scope, text) in scopes.iter().zip(&texts) {
+            let is_refused = ask(Some(text), true).await.status == 403;
+            let reaches = *scope >= route.scope.min(Scope::Admin);
+            assert_eq!(is_refused, !reaches, "{scope} at {} {}", route.method, path);
+        }
+        assert!(![401, 403].contains(&ask(None, false).await.status), "the socket is open: {path}");
+    }
+}
+
+#[tokio::test]
+async fn keys_are_made_listed_and_removed() {
+    let open = |home: &std::path::Path| Keys::open(Some(&home.join("keys")), false).expect("none");
+    let fixture = Fixture::with_keys(Duration::from_millis(100), open);
+    let owner = async |method: &str, body: Value| {
+        let request = Request::builder().method(method).uri("/api/keys");
+        let request = request.body(Full::new(body.to_string().into())).expect("a request");
+        read(fixture.service.respond(request, false).await).await
+    };
+    let answer = post(&fixture, "/api/keys", &json!({"add": "a", "scope": "use"})).await;
+    assert_eq!(answer.status, 401, "nobody locks the owner out over TCP");
+    assert_eq!(ask(&fixture, "GET", "/api/tags", "").await.status, 200);
+    let key = owner("POST", json!({"add": "a", "scope": "use"})).await.json();
+    let key = key["key"].as_str().expect("a key").to_owned();
+    let listed = owner("GET", Value::Null).await.json();
+    assert_eq!(
+        (&listed["keys"][0]["name"], &listed["keys"][0]["scope"]),
+        (&json!("a"), &json!("use"))
+    );
+    assert!(!listed.to_string().contains(&key[3..]));
+    assert_eq!(ask(&fixture, "GET", "/api/tags", "").await.status, 401);
+    for (body, status) in [
+        (json!({"add": "a", "scope": "use"}), 400),
+        (json!({"add": "b", "scope": "all"}), 400),
+        (json!({"add": "b"}), 400),
+        (json!({"remove": "b"}), 404),
+        (json!({"remove": "a"}), 200),
+    ] {
+        assert_eq!(owner("POST", body.clone()).await.status, status, "{body}");
+    }
+    assert_eq!(ask(&fixture, "GET", "/api/tags", "").await.status, 200);
 }

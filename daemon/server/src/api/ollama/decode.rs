@@ -15,6 +15,7 @@ use crate::{
         turns, wanted,
     },
     config,
+    keys::Scope,
     ops::{
         create::Create,
         generate::{Ask, Work, lacks},
@@ -461,6 +462,35 @@ pub struct Care {
 /// `invalid` faults.
 pub fn care(bytes: &[u8]) -> Result<Care, Fault> {
     json::parse(bytes)
+}
+
+/// What `/api/keys` is asked to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum KeyOrder {
+    /// Make a key of this name and scope.
+    Add(String, Scope),
+    /// Remove one.
+    Remove(String),
+}
+
+/// `/api/keys`: `add` with a `scope`, or `remove`.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn change_keys(bytes: &[u8]) -> Result<KeyOrder, Fault> {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Wish {
+        add: Option<String>,
+        scope: Option<String>,
+        remove: Option<String>,
+    }
+    let wish: Wish = json::parse(bytes)?;
+    match (wish.add, wish.scope, wish.remove) {
+        (Some(name), Some(scope), None) => Ok(KeyOrder::Add(name, scope.parse()?)),
+        (None, None, Some(name)) => Ok(KeyOrder::Remove(name)),
+        _ => Err(Fault::invalid("say which key to add, with its scope, or which to remove")),
+    }
 }
 
 /// `/api/pulls`: an action or a rate for one pull, or a rate for all of them.

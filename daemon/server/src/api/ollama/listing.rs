@@ -10,6 +10,8 @@ use v4_supervisor::{Loaded, State};
 
 use crate::{
     api::{bytes, clock, line, ollama::COMPATIBLE_WITH},
+    config::{self, Config},
+    keys,
     ops::models::{Facts, Listed},
 };
 
@@ -265,6 +267,103 @@ pub fn pins(names: &[v4_proto::ModelName]) -> Vec<u8> {
 }
 
 #[derive(Serialize)]
+struct Keys<'a> {
+    keys: Vec<Key<'a>>,
+}
+
+#[derive(Serialize)]
+struct Key<'a> {
+    name: &'a str,
+    scope: keys::Scope,
+    made: &'a str,
+}
+
+/// `/api/keys`, v4's own: what is known of the keys.
+pub fn keys(keys: &[keys::Key]) -> Vec<u8> {
+    bytes(&Keys { keys: keys.iter().map(Key::of).collect() })
+}
+
+impl<'a> Key<'a> {
+    fn of(key: &'a keys::Key) -> Self {
+        Self { name: &key.name, scope: key.scope, made: &key.made }
+    }
+}
+
+#[derive(Serialize)]
+struct NewKey<'a> {
+    key: &'a str,
+}
+
+/// `/api/keys`, v4's own: a key that was made, the only time that it is told.
+pub fn new_key(text: &str) -> Vec<u8> {
+    bytes(&NewKey { key: text })
+}
+
+#[derive(Serialize)]
+struct Effective<'a> {
+    file: Option<String>,
+    settings: Vec<One<'a>>,
+    ignored: Vec<Ignored<'a>>,
+}
+
+#[derive(Serialize)]
+struct One<'a> {
+    key: &'static str,
+    variable: &'static str,
+    value: Option<&'a str>,
+    source: String,
+    /// Whether a change counts without a restart.
+    live: bool,
+}
+
+#[derive(Serialize)]
+struct Ignored<'a> {
+    variable: &'static str,
+    value: &'a str,
+    why: &'a str,
+}
+
+/// `/api/config`, v4's own: what counts now, and who said it.
+pub fn config(config: &Config) -> Vec<u8> {
+    let origin = &config.origin;
+    bytes(&Effective {
+        file: origin.file.as_ref().map(|path| path.display().to_string()),
+        settings: config::SETTINGS.iter().zip(&origin.said).map(One::of).collect(),
+        ignored: origin.ignored.iter().map(Ignored::of).collect(),
+    })
+}
+
+impl<'a> One<'a> {
+    fn of((setting, said): (&config::Setting, &'a config::Said)) -> Self {
+        let shown = |text| if setting.is_secret() { "…" } else { text };
+        Self {
+            key: setting.key,
+            variable: setting.variable,
+            value: said.text.as_deref().map(shown),
+            source: said.source.to_string(),
+            live: setting.change == config::Change::Live,
+        }
+    }
+}
+
+impl<'a> Ignored<'a> {
+    fn of(one: &'a config::Ignored) -> Self {
+        Self { variable: one.variable, value: &one.value, why: &one.why }
+    }
+}
+
+#[derive(Serialize)]
+struct Reloaded<'a> {
+    changed: &'a [&'static str],
+    at_next_start: &'a [&'static str],
+}
+
+/// `/api/config/reload`, v4's own: what changed, and what will at the next start.
+pub fn reloaded(again: &config::Again) -> Vec<u8> {
+    bytes(&Reloaded { changed: &again.changed, at_next_start: &again.at_start })
+}
+
+#[derive(Serialize)]
 struct Freed {
     freed: u64,
 }
@@ -312,6 +411,8 @@ pub struct PullLines {
     reached: u8,
     /// Bytes last written of each file.
     written: Vec<Option<u64>>,
+    /// How many notes were written.
+    n_notes: usize,
     /// Whether the last word was that it waits.
     is_paused: bool,
     /// Whether it goes the other way.
@@ -334,6 +435,10 @@ impl PullLines {
             return out;
         }
         self.reach(1, "pulling manifest", &mut out);
+        for note in progress.notes.iter().skip(self.n_notes) {
+            out.extend(line(&PullLine::status(note)));
+        }
+        self.n_notes = progress.notes.len();
         self.files(progress, &mut out);
         if let Stage::Paused(why) = &progress.stage {
             let status = why.as_ref().map_or("paused".to_owned(), |why| format!("paused: {why}"));
