@@ -12,6 +12,7 @@
 
 mod api;
 mod body;
+mod caller;
 mod catalog;
 mod config;
 mod daemon;
@@ -114,7 +115,7 @@ fn daemon(config: &Config, store: Arc<Store>) -> Daemon {
         ..base
     };
     store.set_quota(Quota { bytes: config.quota, evicts: config.quota_evict });
-    let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
+    let supervisor = Supervisor::start(&supervisor, Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {
         pull.index_url.clone_from(url);

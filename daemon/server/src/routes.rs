@@ -18,10 +18,12 @@ use hyper::body::Body as HttpBody;
 use jiff::Timestamp;
 use matchit::Router;
 use v4_proto::{Digest, Fault, Lane};
+use v4_supervisor::Caller;
 
 use crate::{
     api::{Encode, bytes, ollama, openai, prometheus, wanted},
     body::{Body, Line, Reader},
+    caller,
     daemon::Daemon,
     error::{self, Refusal},
     guard::{Guard, Verdict},
@@ -146,6 +148,8 @@ struct Call<B> {
     rest: String,
     /// How urgent its headers say that it is.
     lane: Option<Lane>,
+    /// Who asks.
+    caller: Caller,
     /// The part of a blob that is asked for.
     range: Option<HeaderValue>,
     body: B,
@@ -223,7 +227,8 @@ impl Service {
             Err(fault) => return refused(route.surface, &fault.into()),
         };
         let range = request.headers().get(header::RANGE).cloned();
-        let call = Call { id, route, rest, lane, range, body: request.into_body() };
+        let caller = caller::of(request.headers(), request.extensions().get());
+        let call = Call { id, route, rest, lane, caller, range, body: request.into_body() };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -247,6 +252,7 @@ impl Service {
                 let request = decode(&self.reader.read(call.body).await?.bytes)?;
                 let (mut ask, stream) = (request.ask, request.stream);
                 ask.options.lane = call.lane.or(ask.options.lane);
+                ask.caller = call.caller;
                 answer(daemon, ask, stream, request.encoder, ollama::JSON_TYPE).await
             }
             (Surface::OpenAi, Op::Chat) => {
@@ -256,6 +262,7 @@ impl Service {
                 drop(body);
                 let (mut ask, stream) = (request.ask, request.stream);
                 ask.options.lane = call.lane.or(ask.options.lane);
+                ask.caller = caller::user(&call.caller, request.user.as_deref());
                 answer(daemon, ask, stream, request.encoder, openai::JSON_TYPE).await
             }
             (Surface::Ollama, Op::Show) => {

@@ -18,7 +18,7 @@ use v4_proto::{
 use v4_store::Lease;
 
 use crate::{
-    Figures, KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target,
+    Figures, KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target, Terms,
     answer::{Begun, Route},
     inventory, limits,
     link::{self, Command, Counts, Report},
@@ -41,7 +41,7 @@ pub(crate) struct Ask {
     pub id: AskId,
     pub target: Target,
     pub lease: Lease,
-    pub keep_alive: KeepAlive,
+    pub terms: Terms,
     pub work: Work,
     pub reply: oneshot::Sender<Result<Begun, Fault>>,
 }
@@ -89,6 +89,7 @@ pub(crate) struct Owner {
     state: policy::State,
     started: Instant,
     launch: Launch,
+    keep_alive: KeepAlive,
     kv_type: KvType,
     precision: Precision,
     kv_disk: Option<KvFolder>,
@@ -120,6 +121,7 @@ impl Owner {
             state: policy::State::new(rules),
             started: Instant::now(),
             launch,
+            keep_alive: config.keep_alive,
             kv_type: config.kv_type,
             precision: config.precision,
             kv_disk: config.kv_disk.clone(),
@@ -190,7 +192,7 @@ impl Owner {
     }
 
     fn ask(&mut self, ask: Ask) {
-        let Ask { id, target, lease, keep_alive, work, reply } = ask;
+        let Ask { id, target, lease, terms, work, reply } = ask;
         let (kind, route) = match work {
             Work::Generate(route, Lane::Interactive) => (Kind::Generate, Some(route)),
             Work::Generate(route, Lane::Background) => (Kind::Background, Some(route)),
@@ -198,7 +200,9 @@ impl Owner {
             Work::Swap => (Kind::Swap, None),
         };
         self.clients.insert(id, Client { reply: Some(reply), route });
-        let ask = policy::Ask { id, kind, keep_alive };
+        let Terms { keep_alive, caller } = terms;
+        let keep_alive = keep_alive.unwrap_or(self.keep_alive);
+        let ask = policy::Ask { id, kind, keep_alive, caller };
         self.step(Event::Ask { ask, target: Box::new(target), hold: Hold::new(lease) });
     }
 

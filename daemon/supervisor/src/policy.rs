@@ -9,8 +9,10 @@
 //!
 //! - A request is refused at once or it waits; a queue a model is bounded.
 //! - Memory is counted from the decision to load until the process is gone.
-//! - Room is made by unloading idle models, the longest idle first. A busy one gets nothing new and
-//!   leaves when its answers have ended; a running answer is never cut for memory.
+//! - Room is made by unloading idle models, the least [worth keeping](worth) first. A busy one gets
+//!   nothing new and leaves when its answers have ended; a running answer is never cut for memory.
+//! - A model that is in use keeps its memory for a [quantum](worth) that is worth the swap.
+//! - Within a model's queue [callers take turns](turns).
 //! - Cores are divided among the runners that answer, and one that answers alone has all.
 //! - A name routes to one runner. Its replacement loads beside it where both fit, else after it.
 
@@ -26,9 +28,15 @@ use v4_proto::{Code, Fault, ModelFiles, ModelInfo, ModelName, frame::KvType};
 
 use crate::{KeepAlive, Target, limits};
 
+mod habit;
 mod plan;
 #[cfg(test)]
 mod tests;
+mod turns;
+mod worth;
+
+use habit::Habits;
+use turns::Turns;
 
 /// Time since the supervisor's start.
 pub type Time = Duration;
@@ -36,6 +44,9 @@ pub type Time = Duration;
 pub type RunnerId = u64;
 /// The supervisor's number for an ask; the frames carry it too.
 pub type AskId = u64;
+
+/// Who asks, in a few letters: those of one caller take turns with those of others.
+pub type Caller = Arc<str>;
 
 /// What does not change while the daemon runs.
 #[derive(Debug, Clone)]
@@ -167,6 +178,8 @@ pub struct Ask {
     pub kind: Kind,
     /// How long the model stays after it.
     pub keep_alive: KeepAlive,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// Why a runner is gone.
@@ -389,6 +402,8 @@ pub struct Runner {
     /// When it was last given work.
     used_at: Time,
     ready_at: Time,
+    /// When its load was decided on.
+    load_began: Time,
     /// Gets nothing new, for its successor needs the memory.
     leaving: bool,
     /// Gets nothing new, for another model needs the memory. Decided anew in each step.
@@ -408,6 +423,7 @@ impl Runner {
             idle_since: Time::ZERO,
             used_at: Time::ZERO,
             ready_at: Time::ZERO,
+            load_began: Time::ZERO,
             leaving: false,
             yielding: false,
         }
@@ -476,6 +492,8 @@ struct Name {
     /// Loaded even if nobody waits: a swap is under way since then.
     eager_since: Option<Time>,
     queue: VecDeque<Pending>,
+    /// Whose turn it is in the queue.
+    turns: Turns,
     swaps: Vec<Pending>,
     /// Files that failed to replace what is loaded, and until when they are not tried again.
     refused: Option<(ModelFiles, Time)>,
@@ -501,6 +519,7 @@ impl Name {
             inherited: None,
             eager_since: None,
             queue: VecDeque::new(),
+            turns: Turns::default(),
             swaps: Vec::new(),
             refused: None,
             replaced: None,
@@ -568,8 +587,17 @@ impl Name {
 
     /// Since when somebody waits for this name to be loaded, and who.
     fn wanted_since(&self) -> Option<(Time, AskId)> {
-        let first = self.queue.front().map(|pending| (pending.asked_at, pending.ask.id));
+        let first = self.queue.iter().map(|pending| (pending.turn(), pending.ask.id)).min();
         first.into_iter().chain(self.eager_since.map(|since| (since, 0))).min()
+    }
+
+    /// Whether one more ask of `caller` may wait. One who has none there finds a place where others
+    /// have filled the queue.
+    fn takes(&self, caller: &Caller, max_queue: usize) -> bool {
+        let n_waiting = self.queue.len() + self.swaps.len();
+        let waits = |pending: &Pending| pending.ask.caller == *caller;
+        let is_new = !self.queue.iter().chain(&self.swaps).any(waits);
+        n_waiting < max_queue + if is_new { limits::NEWCOMERS } else { 0 }
     }
 
     /// Whether nothing of it needs to be remembered.
@@ -598,6 +626,9 @@ pub struct State {
     rules: Rules,
     runners: BTreeMap<RunnerId, Runner>,
     names: BTreeMap<Key, Name>,
+    habits: Habits,
+    /// When a model's quantum ends that somebody waits for.
+    quantum_ends: Option<Time>,
     next_runner: RunnerId,
     spare_retry_at: Time,
     spare_deaths: u32,
@@ -612,6 +643,8 @@ impl State {
             rules,
             runners: BTreeMap::new(),
             names: BTreeMap::new(),
+            habits: Habits::default(),
+            quantum_ends: None,
             next_runner: 1,
             spare_retry_at: Time::ZERO,
             spare_deaths: 0,
@@ -673,7 +706,8 @@ impl State {
         });
         let lacks_spare = self.rules.spare && !self.closing && self.free_runner().is_none();
         let spare = lacks_spare.then_some(self.spare_retry_at);
-        expiries.chain(names).chain(spare).filter(|at| *at > self.stepped_at).min()
+        let quanta = self.quantum_ends;
+        expiries.chain(names).chain(spare).chain(quanta).filter(|at| *at > self.stepped_at).min()
     }
 
     /// A runner without a model, one that has shaken hands first.
@@ -745,8 +779,8 @@ fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut
         Ok(model) => Arc::new(model),
         Err(fault) => return refuse(fault),
     };
-    let name =
-        state.names.entry(key(&model.target.name)).or_insert_with(|| Name::new(Arc::clone(&model)));
+    let key = key(&model.target.name);
+    let name = state.names.entry(key.clone()).or_insert_with(|| Name::new(Arc::clone(&model)));
     let is_barred = name.runner.is_some()
         && name
             .refused
@@ -764,8 +798,13 @@ fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut
     if let Some(fault) = name.quarantine(now) {
         return refuse(fault);
     }
-    if name.queue.len() + name.swaps.len() >= state.rules.max_queue {
+    if !name.takes(&ask.caller, state.rules.max_queue) {
         return refuse(name.full());
+    }
+    if ask.kind != Kind::Swap {
+        let runs = |id: &RunnerId| state.runners.get(id).is_some_and(|it| !it.running.is_empty());
+        let is_busy = !name.queue.is_empty() || name.runner.iter().any(runs);
+        state.habits.of(&key, now).asked(now, is_busy);
     }
     let pending = Pending { ask, asked_at: now, sent_at: now, retried: false, left: false };
     if pending.ask.kind == Kind::Swap {
@@ -819,7 +858,9 @@ fn loaded(state: &mut State, id: RunnerId, bytes: u64, turn: &mut Turn) {
     runner.phase = Phase::Ready;
     runner.bytes = bytes;
     (runner.idle_since, runner.ready_at) = (now, now);
-    let Some(name) = state.names.get_mut(&key(&model.target.name)) else { return };
+    let key = key(&model.target.name);
+    state.habits.of(&key, now).loaded(now.saturating_sub(runner.load_began));
+    let Some(name) = state.names.get_mut(&key) else { return };
     let mut old = None;
     if name.next == Some(id) {
         old = name.runner.replace(id);
@@ -855,7 +896,9 @@ fn ended(state: &mut State, id: RunnerId, ask: AskId, turn: &mut Turn) {
         turn.effects.push(Effect::Forget(ask));
     }
     let Some(model) = &runner.model else { return };
-    if let Some(name) = state.names.get_mut(&key(&model.target.name)) {
+    let key = key(&model.target.name);
+    if let Some(name) = state.names.get_mut(&key) {
+        state.habits.of(&key, now).quiet(now);
         name.streak = 0;
         // A mean over about the last eight answers.
         name.service = (name.service * 7 + now.saturating_sub(pending.sent_at)) / 8;

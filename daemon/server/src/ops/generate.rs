@@ -8,7 +8,7 @@ use v4_proto::{
     Ability, Code, Delta, Done, Event, Fault, Generate, Input, Message, ModelInfo, ModelName, Role,
     Think,
 };
-use v4_supervisor::{Answer, KeepAlive};
+use v4_supervisor::{Answer, Caller, KeepAlive, Terms};
 
 use crate::{
     daemon::Daemon,
@@ -31,6 +31,8 @@ pub struct Ask {
     pub keep_alive: Option<KeepAlive>,
     /// Whether a conversation that does not fit loses its oldest turns (or is a fault).
     pub truncate: bool,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// What a model is asked for.
@@ -166,13 +168,13 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     }
     let info = models::info(daemon, &model).await?;
     let target = model.target(Some(info.clone()));
-    let keep_alive = ask.keep_alive;
+    let terms = Terms { keep_alive: ask.keep_alive, caller: ask.caller.clone() };
     touch(daemon, &model);
     let Some(request) = request(&model, &info, ask)? else {
-        daemon.supervisor.load(&target, keep_alive).await?;
+        daemon.supervisor.load(&target, terms).await?;
         return Ok(Started::Settled(Settled::Loaded));
     };
-    let mut answer = daemon.supervisor.generate(&target, request, keep_alive).await?;
+    let mut answer = daemon.supervisor.generate(&target, request, terms).await?;
     let first = match answer.next().await {
         Some(Event::Failed(fault)) => return Err(fault),
         first => first,
