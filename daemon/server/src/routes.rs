@@ -31,7 +31,7 @@ use crate::{
     ops::{
         blobs, care, create,
         generate::{self, Ask, Running, Started, Step},
-        import, metrics, models, ps, pull,
+        import, metrics, models, plan, ps, pull,
     },
     options,
 };
@@ -53,6 +53,8 @@ enum Op {
     Version,
     List,
     Loaded,
+    Plan,
+    Why,
     Show,
     Generate,
     Chat,
@@ -90,12 +92,14 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 33] = [
+static ROUTES: [Route; 35] = [
     route(Method::GET, "/", Surface::Ollama, Op::Alive),
     route(Method::GET, "/metrics", Surface::Ollama, Op::Metrics),
     route(Method::GET, "/api/version", Surface::Ollama, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Op::List),
     route(Method::GET, "/api/ps", Surface::Ollama, Op::Loaded),
+    route(Method::POST, "/api/plan", Surface::Ollama, Op::Plan),
+    route(Method::POST, "/api/why", Surface::Ollama, Op::Why),
     route(Method::POST, "/api/show", Surface::Ollama, Op::Show),
     route(Method::POST, "/api/generate", Surface::Ollama, Op::Generate),
     route(Method::POST, "/api/chat", Surface::Ollama, Op::Chat),
@@ -265,12 +269,7 @@ impl Service {
                 ask.caller = caller::user(&call.caller, request.user.as_deref());
                 answer(daemon, ask, stream, request.encoder, openai::JSON_TYPE).await
             }
-            (Surface::Ollama, Op::Show) => {
-                let asked = ollama::decode::show(&self.reader.read(call.body).await?.bytes)?;
-                let model = models::resolve(daemon, &asked).await?;
-                let inspection = models::inspection(daemon, &model).await?;
-                Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
-            }
+            (Surface::Ollama, Op::Show | Op::Plan | Op::Why) => self.tell(call).await,
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
             (Surface::Ollama, Op::Registry) => {
                 Ok(registry::answer(daemon, &call.rest, call.range.as_ref()).await?)
@@ -368,6 +367,25 @@ impl Service {
                 told(work, stream).await
             }
         }
+    }
+
+    /// What is known of one model.
+    async fn tell<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let daemon = &self.daemon;
+        let asked = ollama::decode::show(&self.reader.read(call.body).await?.bytes)?;
+        let body = match call.route.op {
+            Op::Plan => ollama::plan::plan(plan::plan(daemon, &asked).await?),
+            Op::Why => ollama::plan::why(plan::why(daemon, &asked).await?),
+            _ => {
+                let model = models::resolve(daemon, &asked).await?;
+                let inspection = models::inspection(daemon, &model).await?;
+                ollama::show::show(&model, &inspection)
+            }
+        };
+        Ok(json(ollama::JSON_TYPE, body))
     }
 
     /// The routes that look after what is here.

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use v4_proto::frame::{KvType, Precision};
 use v4_proto::{Digest, ModelFiles, ModelInfo, ModelName};
 
-use crate::policy::Caller;
+use crate::policy::{Caller, ModelTable};
 
 /// How long a model stays loaded after its last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +68,8 @@ pub struct SupervisorConfig {
     pub isa: Option<String>,
     /// Whether one more runner is kept started, so that a load does not wait for a process.
     pub spare: bool,
+    /// What is said of single models.
+    pub models: ModelTable,
 }
 
 impl Default for SupervisorConfig {
@@ -85,6 +87,7 @@ impl Default for SupervisorConfig {
             kv_disk: None,
             isa: None,
             spare: true,
+            models: ModelTable::default(),
         }
     }
 }

@@ -43,6 +43,7 @@ pub use metrics::Figures;
 use metrics::{Meter, Register};
 use owner::{Ask, Message, Work};
 pub use policy::Caller;
+use policy::{Decision, Plan};
 use process::Launch;
 
 /// Where a loaded model stands.
@@ -180,6 +181,26 @@ impl Supervisor {
             Ok(()) => answer.await.unwrap_or_default(),
             Err(_) => Figures::default(),
         }
+    }
+
+    /// What would happen if `target`, whose header is known, was asked for now.
+    ///
+    /// # Errors
+    /// `overloaded` when the daemon ends or is flooded.
+    pub async fn plan(&self, target: &Target) -> Result<Plan, Fault> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::Plan { target: Box::new(target.clone()), reply })?;
+        answer.await.map_err(|_| answer::gone())
+    }
+
+    /// What was decided for a name of late, and when; the oldest first.
+    ///
+    /// # Errors
+    /// As [`Supervisor::plan`].
+    pub async fn why(&self, name: &ModelName) -> Result<Vec<(SystemTime, Decision)>, Fault> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::Why { name: name.clone(), reply })?;
+        answer.await.map_err(|_| answer::gone())
     }
 
     /// Says that a name now means `target`. If it is loaded, the new one is loaded beside the old

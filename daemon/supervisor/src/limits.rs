@@ -56,6 +56,9 @@ pub const RUNNING_SETS_BACK: Duration = Duration::from_secs(5);
 pub const QUANTUM_PRICES: u32 = 4;
 /// The longest that it keeps it: what a person waits for a slow model without giving up.
 pub const QUANTUM_MAX: Duration = Duration::from_mins(1);
+/// So much waiting is a step of a model's priority worth: a model of the next lower one that has
+/// waited for longer is before it.
+pub const PRIORITY_STEP: Duration = Duration::from_secs(20);
 /// A load is thought to read so many bytes a second until one was measured: a plain solid-state
 /// disk.
 pub const WAKE_BYTES_PER_S: u64 = 1 << 30;
@@ -65,6 +68,8 @@ pub const ASKS_HALF_LIFE: Duration = Duration::from_mins(10);
 pub const FORESIGHT: Duration = Duration::from_mins(5);
 /// Models whose use is remembered after they have left memory, some 300 bytes each.
 pub const REMEMBERED_MODELS: usize = 256;
+/// Decisions that are remembered of each of them for `v4 why`, some 200 bytes each.
+pub const REMEMBERED_DECISIONS: usize = 32;
 /// The last gaps between asks of a model whose median counts: enough that one long pause does not.
 pub const REMEMBERED_GAPS: usize = 5;
 

@@ -18,12 +18,15 @@ use v4_proto::{
 use v4_store::Lease;
 
 use crate::{
-    Figures, KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target, Terms,
+    Figures, KvFolder, Loaded, State, SupervisorConfig, Target, Terms,
     answer::{Begun, Route},
     inventory, limits,
     link::{self, Command, Counts, Report},
     metrics::{Blocks, Now, Register, Series},
-    policy::{self, AskId, Cause, Effect, Event, Hold, Kind, Model, Phase, Rules, RunnerId},
+    policy::{
+        self, AskId, Cause, Decision, Effect, Event, Hold, Kind, Model, Phase, Plan, Rules,
+        RunnerId,
+    },
     process::Launch,
 };
 
@@ -62,6 +65,14 @@ pub(crate) enum Message {
     Figures {
         reply: oneshot::Sender<Figures>,
     },
+    Plan {
+        target: Box<Target>,
+        reply: oneshot::Sender<Plan>,
+    },
+    Why {
+        name: ModelName,
+        reply: oneshot::Sender<Vec<(SystemTime, Decision)>>,
+    },
     Shutdown {
         deadline: Duration,
         reply: oneshot::Sender<()>,
@@ -89,7 +100,6 @@ pub(crate) struct Owner {
     state: policy::State,
     started: Instant,
     launch: Launch,
-    keep_alive: KeepAlive,
     kv_type: KvType,
     precision: Precision,
     kv_disk: Option<KvFolder>,
@@ -114,6 +124,7 @@ impl Owner {
             threads: if config.threads == 0 { inventory::cores() } else { config.threads },
             spare: config.spare,
             keep_alive: config.keep_alive,
+            models: config.models.clone(),
         };
         tracing::info!(budget_bytes = rules.budget_bytes, "memory for models");
         let (reports, reported) = mpsc::channel(limits::REPORTS);
@@ -121,7 +132,6 @@ impl Owner {
             state: policy::State::new(rules),
             started: Instant::now(),
             launch,
-            keep_alive: config.keep_alive,
             kv_type: config.kv_type,
             precision: config.precision,
             kv_disk: config.kv_disk.clone(),
@@ -184,6 +194,12 @@ impl Owner {
             Message::Figures { reply } => {
                 let _ = reply.send(self.figures());
             }
+            Message::Plan { target, reply } => {
+                let _ = reply.send(policy::preview(&self.state, &target, self.now()));
+            }
+            Message::Why { name, reply } => {
+                let _ = reply.send(self.why(&name));
+            }
             Message::Shutdown { deadline, reply } => {
                 self.closers.push(reply);
                 self.step(Event::Shutdown { deadline });
@@ -201,7 +217,7 @@ impl Owner {
         };
         self.clients.insert(id, Client { reply: Some(reply), route });
         let Terms { keep_alive, caller } = terms;
-        let keep_alive = keep_alive.unwrap_or(self.keep_alive);
+        let keep_alive = keep_alive.unwrap_or_else(|| self.state.keep_alive(&target.name));
         let ask = policy::Ask { id, kind, keep_alive, caller };
         self.step(Event::Ask { ask, target: Box::new(target), hold: Hold::new(lease) });
     }
@@ -391,6 +407,14 @@ impl Owner {
             used_bytes: self.state.used_bytes(),
             models: self.register.figures(in_memory.chain(waiting)),
         }
+    }
+
+    /// What was decided for a model, by the clock on the wall.
+    fn why(&self, name: &ModelName) -> Vec<(SystemTime, Decision)> {
+        let (now, wall) = (self.now(), SystemTime::now());
+        let at = |at: Duration| wall.checked_sub(now.saturating_sub(at)).unwrap_or(wall);
+        let decisions = self.state.decisions(name);
+        decisions.map(|(since, decision)| (at(*since), decision.clone())).collect()
     }
 
     fn ps(&self) -> Vec<Loaded> {

@@ -59,6 +59,11 @@ impl Habit {
         self.load.unwrap_or_else(|| unmeasured_wake(bytes))
     }
 
+    /// Whether a load of it was measured.
+    pub fn is_measured(&self) -> bool {
+        self.load.is_some()
+    }
+
     /// How soon it is asked for again once it is quiet, as a rule: the median of the last times.
     pub fn usual_gap(&self) -> Option<Duration> {
         let mut gaps: Vec<Duration> = self.gaps.iter().copied().collect();

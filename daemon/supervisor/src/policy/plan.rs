@@ -6,8 +6,9 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use v4_proto::{Code, Fault, ModelName};
 
 use super::{
-    AskId, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId, State, Time, Turn,
-    worth::{self, Victim},
+    AskId, Blocker, Decision, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId,
+    State, Time, Turn, key,
+    worth::{self, Victim, Worth},
 };
 use crate::{KeepAlive, limits};
 
@@ -39,6 +40,12 @@ pub(super) fn stop(
         return;
     }
     runner.phase = Phase::Stopping;
+    if let Some(model) = runner.model.clone() {
+        let own = key(&model.target.name);
+        let worth = Worth::of(state, &own, &state.runners[&id], turn.now);
+        let decision = Decision::Leave { reason: reason.clone(), worth };
+        state.history.note(&own, turn.now, decision);
+    }
     turn.effects.push(Effect::Stop { runner: id, deadline, reason });
     for name in state.names.values_mut() {
         if name.runner == Some(id) {
@@ -210,13 +217,14 @@ fn make_room(state: &mut State, turn: &mut Turn) {
         let Some(name) = state.names.get(&key) else { continue };
         let want = Arc::clone(&name.want);
         let has_runner = name.runner.is_some();
-        if room.take(want.bytes) {
+        let foes = foes(state, &key);
+        if foes.is_empty() && room.take(want.bytes) {
             load(state, &key, want, turn);
         } else if has_runner {
             replace_later(state, &key, now);
         } else {
             let missing = want.bytes.saturating_sub(room.later());
-            let victims = worth::choose(state, &key, missing, &claimed, now);
+            let victims = worth::choose(state, &key, (missing, &foes), &claimed, now);
             let bytes = victims.iter().map(|victim| victim.bytes).fold(0, u64::saturating_add);
             room.coming = room.coming.saturating_add(bytes);
             room.promised = room.promised.saturating_add(want.bytes);
@@ -224,9 +232,16 @@ fn make_room(state: &mut State, turn: &mut Turn) {
             if bytes >= missing {
                 evict(state, &want.target.name, &victims, turn);
             }
+            explain(state, &key, (missing, &foes), &victims, now);
         }
     }
     drain_predecessors(state, turn);
+}
+
+/// The runners whose models are never in memory at the same time as that of `key`.
+fn foes(state: &State, own: &Key) -> BTreeSet<RunnerId> {
+    let excludes = |model: &Model| state.rules.models.exclude(own, &key(&model.target.name));
+    state.loaded().filter(|(_, _, model, _)| excludes(model)).map(|(id, ..)| id).collect()
 }
 
 /// Has runners leave for the model of a name: idle ones at once, busy ones get nothing new. While
@@ -243,8 +258,37 @@ fn evict(state: &mut State, name: &ModelName, victims: &[Victim], turn: &mut Tur
             stop(state, victim.runner, limits::STOP, Reason::Room(name.clone()), turn);
         } else if let Some(runner) = state.runners.get_mut(&victim.runner) {
             runner.yielding = true;
+            let decision = Decision::Yield { to: name.clone() };
+            state.history.note(&key(&victim.name), turn.now, decision);
         }
     }
+}
+
+/// Notes for whom the model of `own` has to wait.
+fn explain(
+    state: &mut State,
+    own: &Key,
+    (missing, foes): (u64, &BTreeSet<RunnerId>),
+    victims: &[Victim],
+    now: Time,
+) {
+    let blockers = state.loaded().filter_map(|(id, runner, model, _)| {
+        let victim = victims.iter().find(|victim| victim.runner == id);
+        let is_concerned = victim.is_some() || foes.contains(&id);
+        let blocker = match (runner.phase, victim) {
+            (Phase::Stopping, _) => Blocker::Leaving,
+            (Phase::Ready, _) if is_concerned && runner.is_pinned => Blocker::Pinned,
+            (Phase::Ready, Some(victim)) if victim.kept_until > now => {
+                Blocker::Quantum { left: victim.kept_until.saturating_sub(now) }
+            }
+            (Phase::Ready, _) if is_concerned || runner.is_draining() => Blocker::Busy,
+            (Phase::Ready, _) => return None,
+            _ => Blocker::Loading,
+        };
+        Some((model.target.name.clone(), blocker))
+    });
+    let blockers = blockers.collect();
+    state.history.note(own, now, Decision::Wait { missing, blockers });
 }
 
 /// Models whose runners took more than their headers said may have gone beyond the budget: idle
@@ -257,10 +301,10 @@ fn shed(state: &mut State, turn: &mut Turn) {
     }
     let newest = state.runners.values().map(|runner| runner.ready_at).max();
     let mut idle: Vec<Victim> = state
-        .runners
-        .iter()
-        .filter(|(_, runner)| runner.is_idle() && Some(runner.ready_at) != newest)
-        .map(|(id, runner)| Victim::of(state, *id, runner, turn.now))
+        .loaded()
+        .filter(|(_, runner, ..)| runner.is_idle() && !runner.is_pinned)
+        .filter(|(_, runner, ..)| Some(runner.ready_at) != newest)
+        .map(|(id, runner, model, _)| Victim::of(state, (id, runner, model), turn.now))
         .collect();
     idle.sort_by(Victim::by_worth);
     for victim in idle {
@@ -273,6 +317,10 @@ fn shed(state: &mut State, turn: &mut Turn) {
 
 /// The names that want a load now: somebody waits and nothing loads, or the runner has other files.
 fn wanted(state: &State, now: Time) -> Vec<Key> {
+    let early = |key: &Key| {
+        let steps = u32::from(state.rules.models.of(key).priority.abs_diff(i8::MAX));
+        limits::PRIORITY_STEP.saturating_mul(steps)
+    };
     let mut keys: Vec<((Time, AskId), &Key)> = state
         .names
         .iter()
@@ -281,11 +329,12 @@ fn wanted(state: &State, now: Time) -> Vec<Key> {
                 return None;
             }
             let Some(runner) = name.runner.and_then(|id| state.runners.get(&id)) else {
-                return Some((name.wanted_since()?, key));
+                let (since, ask) = name.wanted_since()?;
+                return Some(((since.saturating_add(early(key)), ask), key));
             };
             let model = runner.model.as_ref()?;
             let is_outdated = model.files() != name.want.files() && !runner.leaving;
-            is_outdated.then_some(((now, AskId::MAX), key))
+            is_outdated.then_some(((now.saturating_add(early(key)), AskId::MAX), key))
         })
         .collect();
     keys.sort();
@@ -320,8 +369,12 @@ fn drain_predecessors(state: &mut State, turn: &mut Turn) {
 /// Starts a load: in the spare runner, else in one that starts, else in a new one.
 fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
     let now = turn.now;
+    let free = state.rules.budget_bytes.saturating_sub(state.used_bytes());
+    let is_pinned = state.is_pinned(&model);
     let id = state.free_runner().unwrap_or_else(|| spawn(state, turn));
     let Some(name) = state.names.get_mut(key) else { return };
+    let replaces = name.runner.is_some();
+    state.history.note(key, now, Decision::Load { bytes: model.bytes, free, replaces });
     match name.runner {
         None => name.runner = Some(id),
         Some(old) => {
@@ -338,6 +391,7 @@ fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
     runner.keep_alive = keep_alive;
     runner.used_at = now;
     runner.load_began = now;
+    runner.is_pinned = is_pinned;
     runner.model = Some(Arc::clone(&model));
     if runner.phase == Phase::Spare {
         runner.phase = Phase::Loading;

@@ -44,6 +44,7 @@ fn rules() -> Rules {
         threads: 1,
         spare: false,
         keep_alive: KeepAlive::For(secs(300)),
+        models: ModelTable::default(),
     }
 }
 
@@ -293,11 +294,10 @@ fn a_model_that_cannot_fit_is_refused_and_fewer_slots_are_tried_first() {
     story.ask(1, ("a", 1001), "fail #1 OutOfMemory");
     let mut fits_once = target("b", 500);
     fits_once.info.as_mut().expect("set").kv_bytes_per_token = 400 * MIB / 1024;
-    let info = fits_once.info.clone().expect("set");
-    let model = rules().fit(fits_once.clone(), Hold::default(), &info).expect("one fits");
+    let model = rules().fit(fits_once.clone(), Hold::default(), 0).expect("one fits");
     assert_eq!((model.slots, model.context, model.bytes), (1, 1024, 900 * MIB));
     let smaller = Rules { kv_type: KvType::Q8_0, ..rules() };
-    let model = smaller.fit(fits_once, Hold::default(), &info).expect("both sequences fit");
+    let model = smaller.fit(fits_once, Hold::default(), 0).expect("both sequences fit");
     assert_eq!((model.slots, model.bytes), (2, 925 * MIB));
 }
 
@@ -576,6 +576,7 @@ fn each_runner_has_a_core_even_where_there_are_too_few() {
     story.loaded(2, 300, "send 2 #2");
 }
 
+mod rules;
 mod swaps;
 
 mod random {
