@@ -21,8 +21,8 @@ pub struct ModelRules {
     pub slots: Option<u32>,
     /// Tokens of context a sequence gets, at most what the model was trained for.
     pub context: Option<u32>,
-    /// Zero is usual. Those of a higher one keep their memory before those of a lower one and get it
-    /// without waiting for a quantum; a step up counts as
+    /// Zero is usual. Those of a higher one keep their memory before those of a lower one and get
+    /// it without waiting for a quantum; a step up counts as
     /// [`limits::PRIORITY_STEP`](crate::limits::PRIORITY_STEP) of waiting.
     pub priority: i8,
     /// Models of one group are used together: one leaves for another only where nothing else helps,

@@ -53,7 +53,7 @@ impl Worth {
     /// leaves.
     pub fn burden(&self) -> f64 {
         let mib = self.bytes as f64 / f64::from(1 << 20);
-        // A load that took no time at all, or a model that nobody asks for, is worth next to nothing.
+        // A load that took no time, or a model that nobody asks for, is worth next to nothing.
         mib * self.idle.as_secs_f64() / (self.wake.as_secs_f64() * self.probability).max(1e-6)
     }
 }
@@ -144,7 +144,8 @@ pub(super) fn may_leave(state: &State, id: RunnerId, runner: &Runner) -> bool {
 }
 
 /// Finds `missing` bytes for the name `wanting` among the other names' runners, but for those that
-/// are `claimed` already: first of all its `foes`, with which it is never in memory, then idle ones first, then busy ones, then those that have a quantum, the one
+/// are `claimed` already: first of all its `foes`, with which it is never in memory, then idle
+/// ones first, then busy ones, then those that have a quantum, the one
 /// that ends first before the others; of each kind the least worth keeping first. Fewer bytes where
 /// there are no more.
 pub(super) fn choose(
