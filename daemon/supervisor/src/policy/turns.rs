@@ -1,8 +1,8 @@
 //! Whose turn it is within the queue of one model.
 //!
 //! A caller's turn comes by when it was last served, or when it asked if that was later, so one
-//! that asks a hundred times waits behind one that asks once. It cannot be kept waiting by newcomers, be
-//! they ever so many: their time to wait begins when they ask.
+//! that asks a hundred times waits behind one that asks once. It cannot be kept waiting by
+//! newcomers, be they ever so many: their time to wait begins when they ask.
 
 use std::collections::{BTreeMap, VecDeque};
 
