@@ -45,7 +45,7 @@ macro_rules! commands {
 }
 
 commands! {
-    "Use a model" { run, ps, stop }
+    "Use a model" { run, ps, plan, why, stop }
     "Keep models" { pull, pulls, import, list, show, cp, create, push, lock, rm, restore }
     "Look after models" { du, fsck, pin, prune, roots }
     "Serve" { serve, config, keys }

@@ -51,7 +51,7 @@ impl Fixture {
             spare: false,
             ..SupervisorConfig::default()
         };
-        let supervisor = Supervisor::start(config, Arc::clone(&store));
+        let supervisor = Supervisor::start(&config, Arc::clone(&store));
         let shelf = Shelf(home.path().join("weights.gguf"));
         let jobs = Jobs::new(
             Arc::clone(&store),

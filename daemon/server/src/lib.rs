@@ -12,6 +12,7 @@
 
 mod api;
 mod body;
+mod caller;
 mod catalog;
 mod config;
 mod daemon;
@@ -132,7 +133,7 @@ fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
         ..base
     };
     store.set_quota(config.store_quota());
-    let supervisor = Supervisor::start(supervisor, Arc::clone(&store));
+    let supervisor = Supervisor::start(&supervisor, Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {
         pull.index_url.clone_from(url);

@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
+use http::Request;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -15,7 +16,7 @@ use tokio::{
 };
 use v4_store::fs;
 
-use crate::{error::Error, limits, patience::Patient, routes::Service};
+use crate::{caller::Peer, error::Error, limits, patience::Patient, routes::Service};
 
 /// Where connections come from.
 pub struct Listeners {
@@ -83,7 +84,7 @@ pub fn unix(path: &Path) -> Result<UnixListener, Error> {
 const BACKLOG: u32 = 128;
 
 enum Accepted {
-    Tcp(TcpStream),
+    Tcp(TcpStream, SocketAddr),
     Unix(UnixStream),
 }
 
@@ -113,14 +114,16 @@ pub async fn serve(
         };
         let (service, watcher) = (Arc::clone(&service), graceful.watcher());
         match accepted {
-            Accepted::Tcp(stream) => {
+            Accepted::Tcp(stream, address) => {
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "a connection keeps its delay");
                 }
-                connections.spawn(connection(stream, service, watcher, times, (true, permit)))
+                let client = Client { peer: Peer::tcp(address), is_tcp: true, permit };
+                connections.spawn(connection(stream, service, watcher, times, client))
             }
             Accepted::Unix(stream) => {
-                connections.spawn(connection(stream, service, watcher, times, (false, permit)))
+                let client = Client { peer: Peer::unix(&stream), is_tcp: false, permit };
+                connections.spawn(connection(stream, service, watcher, times, client))
             }
         };
     }
@@ -155,7 +158,7 @@ async fn accept(
             }
         };
         let accepted = tokio::select! {
-            accepted = tcp => accepted.map(|(stream, _)| Accepted::Tcp(stream)),
+            accepted = tcp => accepted.map(|(stream, address)| Accepted::Tcp(stream, address)),
             accepted = listeners.unix.accept() => {
                 accepted.map(|(stream, _)| Accepted::Unix(stream))
             }
@@ -170,18 +173,27 @@ async fn accept(
     }
 }
 
+/// Who is at the other end of a connection.
+struct Client {
+    peer: Peer,
+    is_tcp: bool,
+    permit: OwnedSemaphorePermit,
+}
+
 /// One connection from its first byte to its last.
 async fn connection<S>(
     stream: S,
     service: Arc<Service>,
     watcher: hyper_util::server::graceful::Watcher,
     times: Times,
-    (is_tcp, permit): (bool, OwnedSemaphorePermit),
+    client: Client,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let respond = service_fn(move |request| {
+    let Client { peer, is_tcp, permit } = client;
+    let respond = service_fn(move |mut request: Request<_>| {
         let service = Arc::clone(&service);
+        request.extensions_mut().insert(peer.clone());
         async move { Ok::<_, Infallible>(service.respond(request, is_tcp).await) }
     });
     let io = TokioIo::new(Patient::new(stream, times.write_stall));

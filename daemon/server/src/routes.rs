@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use matchit::Router;
 use tracing::Instrument as _;
 use v4_proto::{Digest, Fault, Lane};
+use v4_supervisor::Caller;
 
 use crate::{
     api::{
@@ -27,6 +28,7 @@ use crate::{
         openai, prometheus, wanted,
     },
     body::{Body, Line, Reader},
+    caller,
     daemon::Daemon,
     error::{self, Error, Refusal},
     guard::{Guard, Verdict},
@@ -35,7 +37,7 @@ use crate::{
     ops::{
         blobs, care, create,
         generate::{self, Ask, Running, Started, Step},
-        import, metrics, models, ps, pull,
+        import, metrics, models, plan, ps, pull,
     },
     options,
 };
@@ -59,6 +61,8 @@ enum Op {
     Version,
     List,
     Loaded,
+    Plan,
+    Why,
     Show,
     Generate,
     Chat,
@@ -102,12 +106,14 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 37] = [
+static ROUTES: [Route; 39] = [
     route(Method::GET, "/", Surface::Ollama, Scope::Open, Op::Alive),
     route(Method::GET, "/metrics", Surface::Ollama, Scope::Read, Op::Metrics),
     route(Method::GET, "/api/version", Surface::Ollama, Scope::Read, Op::Version),
     route(Method::GET, "/api/tags", Surface::Ollama, Scope::Read, Op::List),
     route(Method::GET, "/api/ps", Surface::Ollama, Scope::Use, Op::Loaded),
+    route(Method::POST, "/api/plan", Surface::Ollama, Scope::Use, Op::Plan),
+    route(Method::POST, "/api/why", Surface::Ollama, Scope::Use, Op::Why),
     route(Method::POST, "/api/show", Surface::Ollama, Scope::Use, Op::Show),
     route(Method::POST, "/api/generate", Surface::Ollama, Scope::Use, Op::Generate),
     route(Method::POST, "/api/chat", Surface::Ollama, Scope::Use, Op::Chat),
@@ -170,6 +176,8 @@ struct Call<B> {
     rest: String,
     /// How urgent its headers say that it is.
     lane: Option<Lane>,
+    /// Who asks.
+    caller: Caller,
     /// The part of a blob that is asked for.
     range: Option<HeaderValue>,
     body: B,
@@ -177,7 +185,7 @@ struct Call<B> {
 
 /// The name of the key that a request came with, for its line in the log.
 #[derive(Clone)]
-struct Caller(String);
+struct KeyName(String);
 
 /// The header that says how urgent a request is: `interactive` or `background`.
 const LANE: &str = "x-v4-lane";
@@ -226,12 +234,12 @@ impl Service {
                 with(answer.await, headers)
             }
         };
-        let caller = response.extensions_mut().remove::<Caller>();
+        let caller = response.extensions_mut().remove::<KeyName>();
         let number = HeaderValue::from(id);
         response.headers_mut().insert("x-request-id", number);
         let status = response.status().as_u16();
         self.daemon.requests.count(&method, route, status);
-        let caller = caller.map(|Caller(name)| name);
+        let caller = caller.map(|KeyName(name)| name);
         let line = Line { id, span, what, caller, status, began, bytes: 0, is_whole };
         response.map(|body| body.logged(line))
     }
@@ -253,8 +261,8 @@ impl Service {
             return wrong_method(found.value);
         };
         let keys = &self.daemon.keys;
-        let caller = match keys.judge(request.headers(), is_tcp, route.scope).await {
-            Ok(caller) => caller,
+        let key = match keys.judge(request.headers(), is_tcp, route.scope).await {
+            Ok(key) => key,
             Err(fault) => return refused(route.surface, &fault.into()),
         };
         let rest = ["model", "digest", "path"].iter().find_map(|name| found.params.get(name));
@@ -264,7 +272,8 @@ impl Service {
             Err(fault) => return refused(route.surface, &fault.into()),
         };
         let range = request.headers().get(header::RANGE).cloned();
-        let call = Call { id, route, rest, lane, range, body: request.into_body() };
+        let caller = caller::of(request.headers(), request.extensions().get());
+        let call = Call { id, route, rest, lane, caller, range, body: request.into_body() };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -272,8 +281,8 @@ impl Service {
             Err(Fault::internal("v4 made a mistake; its log has the details").into())
         });
         let mut response = result.unwrap_or_else(|refusal| refused(route.surface, &refusal));
-        if let Some(name) = caller {
-            response.extensions_mut().insert(Caller(name));
+        if let Some(name) = key {
+            response.extensions_mut().insert(KeyName(name));
         }
         response
     }
@@ -292,6 +301,7 @@ impl Service {
                 let request = decode(&self.reader.read(call.body).await?.bytes)?;
                 let (mut ask, stream) = (request.ask, request.stream);
                 ask.options.lane = call.lane.or(ask.options.lane);
+                ask.caller = call.caller;
                 answer(daemon, ask, stream, request.encoder, ollama::JSON_TYPE).await
             }
             (Surface::OpenAi, Op::Chat) => {
@@ -301,14 +311,10 @@ impl Service {
                 drop(body);
                 let (mut ask, stream) = (request.ask, request.stream);
                 ask.options.lane = call.lane.or(ask.options.lane);
+                ask.caller = caller::user(&call.caller, request.user.as_deref());
                 answer(daemon, ask, stream, request.encoder, openai::JSON_TYPE).await
             }
-            (Surface::Ollama, Op::Show) => {
-                let asked = ollama::decode::show(&self.reader.read(call.body).await?.bytes)?;
-                let model = models::resolve(daemon, &asked).await?;
-                let inspection = models::inspection(daemon, &model).await?;
-                Ok(json(ollama::JSON_TYPE, ollama::show::show(&model, &inspection)))
-            }
+            (Surface::Ollama, Op::Show | Op::Plan | Op::Why) => self.tell(call).await,
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
             (Surface::Oci, _) => {
                 Ok(registry::answer(daemon, &call.rest, call.range.as_ref()).await?)
@@ -407,6 +413,25 @@ impl Service {
                 told(work, stream).await
             }
         }
+    }
+
+    /// What is known of one model.
+    async fn tell<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let daemon = &self.daemon;
+        let asked = ollama::decode::show(&self.reader.read(call.body).await?.bytes)?;
+        let body = match call.route.op {
+            Op::Plan => ollama::plan::plan(plan::plan(daemon, &asked).await?),
+            Op::Why => ollama::plan::why(plan::why(daemon, &asked).await?),
+            _ => {
+                let model = models::resolve(daemon, &asked).await?;
+                let inspection = models::inspection(daemon, &model).await?;
+                ollama::show::show(&model, &inspection)
+            }
+        };
+        Ok(json(ollama::JSON_TYPE, body))
     }
 
     /// The routes that look after what is here.

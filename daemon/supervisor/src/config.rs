@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use v4_proto::frame::{KvType, Precision};
 use v4_proto::{Digest, ModelFiles, ModelInfo, ModelName};
 
+use crate::policy::{Caller, ModelTable};
+
 /// How long a model stays loaded after its last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeepAlive {
@@ -18,6 +20,15 @@ impl From<Duration> for KeepAlive {
     fn from(duration: Duration) -> Self {
         Self::For(duration)
     }
+}
+
+/// What a client says beside what it asks for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Terms {
+    /// How long the model stays loaded after it; `None` is the daemon's setting.
+    pub keep_alive: Option<KeepAlive>,
+    /// Who it is: those of one caller take turns with those of others.
+    pub caller: Caller,
 }
 
 /// Where keys and values of idle conversations are kept.
@@ -57,6 +68,8 @@ pub struct SupervisorConfig {
     pub isa: Option<String>,
     /// Whether one more runner is kept started, so that a load does not wait for a process.
     pub spare: bool,
+    /// What is said of single models.
+    pub models: ModelTable,
 }
 
 impl Default for SupervisorConfig {
@@ -74,6 +87,7 @@ impl Default for SupervisorConfig {
             kv_disk: None,
             isa: None,
             spare: true,
+            models: ModelTable::default(),
         }
     }
 }

@@ -37,11 +37,13 @@ use v4_proto::{
 use v4_store::Store;
 
 pub use answer::Answer;
-pub use config::{KeepAlive, KvFolder, SupervisorConfig, Target};
+pub use config::{KeepAlive, KvFolder, SupervisorConfig, Target, Terms};
 pub use error::Error;
 pub use metrics::Figures;
 use metrics::{Meter, Register};
 use owner::{Ask, Message, Work};
+pub use policy::Caller;
+use policy::{Decision, Plan};
 use process::Launch;
 
 /// Where a loaded model stands.
@@ -88,26 +90,25 @@ struct Shared {
     next_id: AtomicU64,
     launch: Launch,
     inspectors: Semaphore,
-    config: SupervisorConfig,
     store: Arc<Store>,
     register: Arc<Register>,
 }
 
 impl Supervisor {
     /// Starts the owner task on the current tokio runtime.
-    pub fn start(config: SupervisorConfig, store: Arc<Store>) -> Self {
+    pub fn start(config: &SupervisorConfig, store: Arc<Store>) -> Self {
         let launch = Launch::of(&config.exe);
         Self::start_with(config, store, launch)
     }
 
-    fn start_with(config: SupervisorConfig, store: Arc<Store>, launch: Launch) -> Self {
+    fn start_with(config: &SupervisorConfig, store: Arc<Store>, launch: Launch) -> Self {
         let (mailbox, messages) = mpsc::channel(limits::MAILBOX_MESSAGES);
         let register: Arc<Register> = Arc::default();
-        let owner = owner::Owner::new(&config, launch.clone(), Arc::clone(&register));
+        let owner = owner::Owner::new(config, launch.clone(), Arc::clone(&register));
         tokio::spawn(owner.run(messages));
         let inspectors = Semaphore::new(limits::INSPECTORS);
         let next_id = AtomicU64::new(1);
-        let shared = Shared { mailbox, next_id, launch, inspectors, config, store, register };
+        let shared = Shared { mailbox, next_id, launch, inspectors, store, register };
         Self { shared: Arc::new(shared) }
     }
 
@@ -121,7 +122,7 @@ impl Supervisor {
         &self,
         target: &Target,
         request: Generate,
-        keep_alive: Option<KeepAlive>,
+        terms: Terms,
     ) -> Result<Answer, Fault> {
         let (id, lane) = (self.next_id(), request.lane);
         let message = ToRunner::Generate { id, request: Box::new(request) };
@@ -129,7 +130,7 @@ impl Supervisor {
             .map_err(|error| Fault::invalid(format!("the request is too large: {error}")))?;
         let (_, series) = self.shared.register.find(&target.name);
         let (route, waiting) = answer::route(frame, Meter::new(series));
-        let (begun, alive) = self.ask(id, target, keep_alive, Work::Generate(route, lane)).await?;
+        let (begun, alive) = self.ask(id, target, terms, Work::Generate(route, lane)).await?;
         Ok(waiting.begin(begun, alive))
     }
 
@@ -137,8 +138,8 @@ impl Supervisor {
     ///
     /// # Errors
     /// As [`Supervisor::generate`].
-    pub async fn load(&self, target: &Target, keep_alive: Option<KeepAlive>) -> Result<(), Fault> {
-        self.ask(self.next_id(), target, keep_alive, Work::Load).await.map(drop)
+    pub async fn load(&self, target: &Target, terms: Terms) -> Result<(), Fault> {
+        self.ask(self.next_id(), target, terms, Work::Load).await.map(drop)
     }
 
     /// Unloads a model as soon as its answers have ended. `false` where it is not loaded.
@@ -182,6 +183,26 @@ impl Supervisor {
         }
     }
 
+    /// What would happen if `target`, whose header is known, was asked for now.
+    ///
+    /// # Errors
+    /// `overloaded` when the daemon ends or is flooded.
+    pub async fn plan(&self, target: &Target) -> Result<Plan, Fault> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::Plan { target: Box::new(target.clone()), reply })?;
+        answer.await.map_err(|_| answer::gone())
+    }
+
+    /// What was decided for a name of late, and when; the oldest first.
+    ///
+    /// # Errors
+    /// As [`Supervisor::plan`].
+    pub async fn why(&self, name: &ModelName) -> Result<Vec<(SystemTime, Decision)>, Fault> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Message::Why { name: name.clone(), reply })?;
+        answer.await.map_err(|_| answer::gone())
+    }
+
     /// Says that a name now means `target`. If it is loaded, the new one is loaded beside the old
     /// (or after it, where memory is short) and takes over; `true` when that is done, `false`
     /// where there was nothing to replace.
@@ -192,7 +213,7 @@ impl Supervisor {
         if !self.ps().await.iter().any(|loaded| loaded.name.matches(&target.name)) {
             return Ok(false);
         }
-        self.ask(self.next_id(), target, None, Work::Swap).await.map(|_| true)
+        self.ask(self.next_id(), target, Terms::default(), Work::Swap).await.map(|_| true)
     }
 
     /// Refuses new work, lets running answers end until `deadline` from now, and ends all runners.
@@ -223,7 +244,7 @@ impl Supervisor {
         &self,
         id: u64,
         target: &Target,
-        keep_alive: Option<KeepAlive>,
+        terms: Terms,
         work: Work,
     ) -> Result<(answer::Begun, answer::Alive), Fault> {
         let lease = self.shared.store.lease(&target.blobs);
@@ -231,10 +252,9 @@ impl Supervisor {
         if target.info.is_none() {
             target.info = Some(self.inspect(target.files.clone()).await?.info);
         }
-        let keep_alive = keep_alive.unwrap_or(self.shared.config.keep_alive);
         let (reply, begun) = oneshot::channel();
         let (alive, left) = oneshot::channel();
-        let ask = Ask { id, target, lease, keep_alive, work, reply };
+        let ask = Ask { id, target, lease, terms, work, reply };
         self.tell(Message::Ask(Box::new(ask)))?;
         let mailbox = self.shared.mailbox.clone();
         tokio::spawn(async move {

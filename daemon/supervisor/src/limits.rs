@@ -45,6 +45,34 @@ pub const QUEUE_WAIT: Duration = Duration::from_mins(5);
 /// How long a request in the background stays behind the others; as the engine has it.
 pub const AGEING: Duration = Duration::from_secs(20);
 
+/// Places beyond a model's queue, one a caller that has no ask in it: a client that fills the queue
+/// does not lock the others out.
+pub const NEWCOMERS: usize = 64;
+/// Each answer that a caller has running puts its next one so far back behind those of others.
+pub const RUNNING_SETS_BACK: Duration = Duration::from_secs(5);
+
+/// A model in use keeps its memory, while another waits for it, for so many times the price of the
+/// swap, which is both loads: swaps then take no more than a fifth of the time.
+pub const QUANTUM_PRICES: u32 = 4;
+/// The longest that it keeps it: what a person waits for a slow model without giving up.
+pub const QUANTUM_MAX: Duration = Duration::from_mins(1);
+/// So much waiting is a step of a model's priority worth: a model of the next lower one that has
+/// waited for longer is before it.
+pub const PRIORITY_STEP: Duration = Duration::from_secs(20);
+/// A load is thought to read so many bytes a second until one was measured: a plain solid-state
+/// disk.
+pub const WAKE_BYTES_PER_S: u64 = 1 << 30;
+/// After so long an ask counts half: what was used an hour ago says little of now.
+pub const ASKS_HALF_LIFE: Duration = Duration::from_mins(10);
+/// A model is worth its memory if it is asked for within so long: the usual keep-alive.
+pub const FORESIGHT: Duration = Duration::from_mins(5);
+/// Models whose use is remembered after they have left memory, some 300 bytes each.
+pub const REMEMBERED_MODELS: usize = 256;
+/// Decisions that are remembered of each of them for `v4 why`, some 200 bytes each.
+pub const REMEMBERED_DECISIONS: usize = 32;
+/// The last gaps between asks of a model whose median counts: enough that one long pause does not.
+pub const REMEMBERED_GAPS: usize = 5;
+
 /// The first wait before a model whose runner died is loaded again; doubled for each further death.
 pub const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 /// The longest such wait.

@@ -18,12 +18,15 @@ use v4_proto::{
 use v4_store::Lease;
 
 use crate::{
-    Figures, KeepAlive, KvFolder, Loaded, State, SupervisorConfig, Target,
+    Figures, KvFolder, Loaded, State, SupervisorConfig, Target, Terms,
     answer::{Begun, Route},
     inventory, limits,
     link::{self, Command, Counts, Report},
     metrics::{Blocks, Now, Register, Series},
-    policy::{self, AskId, Cause, Effect, Event, Hold, Kind, Model, Phase, Rules, RunnerId},
+    policy::{
+        self, AskId, Cause, Decision, Effect, Event, Hold, Kind, Model, Phase, Plan, Rules,
+        RunnerId,
+    },
     process::Launch,
 };
 
@@ -41,7 +44,7 @@ pub(crate) struct Ask {
     pub id: AskId,
     pub target: Target,
     pub lease: Lease,
-    pub keep_alive: KeepAlive,
+    pub terms: Terms,
     pub work: Work,
     pub reply: oneshot::Sender<Result<Begun, Fault>>,
 }
@@ -61,6 +64,14 @@ pub(crate) enum Message {
     },
     Figures {
         reply: oneshot::Sender<Figures>,
+    },
+    Plan {
+        target: Box<Target>,
+        reply: oneshot::Sender<Plan>,
+    },
+    Why {
+        name: ModelName,
+        reply: oneshot::Sender<Vec<(SystemTime, Decision)>>,
     },
     Shutdown {
         deadline: Duration,
@@ -113,6 +124,7 @@ impl Owner {
             threads: if config.threads == 0 { inventory::cores() } else { config.threads },
             spare: config.spare,
             keep_alive: config.keep_alive,
+            models: config.models.clone(),
         };
         tracing::info!(budget_bytes = rules.budget_bytes, "memory for models");
         let (reports, reported) = mpsc::channel(limits::REPORTS);
@@ -182,6 +194,12 @@ impl Owner {
             Message::Figures { reply } => {
                 let _ = reply.send(self.figures());
             }
+            Message::Plan { target, reply } => {
+                let _ = reply.send(policy::preview(&self.state, &target, self.now()));
+            }
+            Message::Why { name, reply } => {
+                let _ = reply.send(self.why(&name));
+            }
             Message::Shutdown { deadline, reply } => {
                 self.closers.push(reply);
                 self.step(Event::Shutdown { deadline });
@@ -190,7 +208,7 @@ impl Owner {
     }
 
     fn ask(&mut self, ask: Ask) {
-        let Ask { id, target, lease, keep_alive, work, reply } = ask;
+        let Ask { id, target, lease, terms, work, reply } = ask;
         let (kind, route) = match work {
             Work::Generate(route, Lane::Interactive) => (Kind::Generate, Some(route)),
             Work::Generate(route, Lane::Background) => (Kind::Background, Some(route)),
@@ -198,7 +216,9 @@ impl Owner {
             Work::Swap => (Kind::Swap, None),
         };
         self.clients.insert(id, Client { reply: Some(reply), route });
-        let ask = policy::Ask { id, kind, keep_alive };
+        let Terms { keep_alive, caller } = terms;
+        let keep_alive = keep_alive.unwrap_or_else(|| self.state.keep_alive(&target.name));
+        let ask = policy::Ask { id, kind, keep_alive, caller };
         self.step(Event::Ask { ask, target: Box::new(target), hold: Hold::new(lease) });
     }
 
@@ -387,6 +407,14 @@ impl Owner {
             used_bytes: self.state.used_bytes(),
             models: self.register.figures(in_memory.chain(waiting)),
         }
+    }
+
+    /// What was decided for a model, by the clock on the wall.
+    fn why(&self, name: &ModelName) -> Vec<(SystemTime, Decision)> {
+        let (now, wall) = (self.now(), SystemTime::now());
+        let at = |at: Duration| wall.checked_sub(now.saturating_sub(at)).unwrap_or(wall);
+        let decisions = self.state.decisions(name);
+        decisions.map(|(since, decision)| (at(*since), decision.clone())).collect()
     }
 
     fn ps(&self) -> Vec<Loaded> {

@@ -9,8 +9,10 @@
 //!
 //! - A request is refused at once or it waits; a queue a model is bounded.
 //! - Memory is counted from the decision to load until the process is gone.
-//! - Room is made by unloading idle models, the longest idle first. A busy one gets nothing new and
-//!   leaves when its answers have ended; a running answer is never cut for memory.
+//! - Room is made by unloading idle models, the least [worth keeping](worth) first. A busy one gets
+//!   nothing new and leaves when its answers have ended; a running answer is never cut for memory.
+//! - A model that is in use keeps its memory for a [quantum](worth) that is worth the swap.
+//! - Within a model's queue [callers take turns](turns).
 //! - Cores are divided among the runners that answer, and one that answers alone has all.
 //! - A name routes to one runner. Its replacement loads beside it where both fit, else after it.
 
@@ -26,9 +28,23 @@ use v4_proto::{Code, Fault, ModelFiles, ModelInfo, ModelName, frame::KvType};
 
 use crate::{KeepAlive, Target, limits};
 
+mod habit;
+mod history;
+mod models;
 mod plan;
+mod preview;
 #[cfg(test)]
 mod tests;
+mod turns;
+mod worth;
+
+use habit::Habits;
+use history::History;
+pub use history::{Blocker, Decision};
+pub use models::{ModelRules, ModelTable};
+pub use preview::{Outcome, Parts, Plan, Resident, preview};
+use turns::Turns;
+pub use worth::Worth;
 
 /// Time since the supervisor's start.
 pub type Time = Duration;
@@ -36,6 +52,9 @@ pub type Time = Duration;
 pub type RunnerId = u64;
 /// The supervisor's number for an ask; the frames carry it too.
 pub type AskId = u64;
+
+/// Who asks, in a few letters: those of one caller take turns with those of others.
+pub type Caller = Arc<str>;
 
 /// What does not change while the daemon runs.
 #[derive(Debug, Clone)]
@@ -56,45 +75,54 @@ pub struct Rules {
     pub spare: bool,
     /// For loads that nobody asked for by a request.
     pub keep_alive: KeepAlive,
+    /// What is said of single models.
+    pub models: ModelTable,
 }
 
 impl Rules {
-    /// The context of a sequence: never more than the model was trained for.
-    pub fn context(&self, info: &ModelInfo) -> u32 {
-        match info.context_length {
-            0 => self.context,
-            trained => self.context.min(trained),
-        }
-    }
-
-    /// Bytes of a model with `slots` sequences: weights, KV and scratch.
-    fn bytes(&self, info: &ModelInfo, slots: u32) -> u64 {
-        let tokens = u64::from(self.context(info)) * u64::from(slots);
+    /// Bytes of a model with `slots` sequences of `context` tokens: weights, KV and scratch.
+    fn bytes(&self, info: &ModelInfo, context: u32, slots: u32) -> u64 {
+        let tokens = u64::from(context) * u64::from(slots);
         let kv = self.kv_type.bytes(info.kv_bytes_per_token).saturating_mul(tokens);
         info.weight_bytes.saturating_add(kv).saturating_add(limits::SCRATCH_BYTES)
     }
 
-    /// `target` with as many sequences as fit the budget.
+    /// `target` with as many sequences as fit the budget beside the `pinned` bytes of others.
     ///
     /// # Errors
     /// `out_of_memory` when not even one does.
-    fn fit(&self, target: Target, hold: Hold, info: &ModelInfo) -> Result<Model, Fault> {
-        let fits = |slots: &u32| self.bytes(info, *slots) <= self.budget_bytes;
-        let Some(slots) = (1..=self.slots.max(1)).rev().find(fits) else {
+    fn fit(&self, target: Target, hold: Hold, pinned: u64) -> Result<Model, Fault> {
+        let Some(info) = &target.info else {
+            return Err(Fault::internal("a model was asked for before its header was read"));
+        };
+        let own = self.models.of(&key(&target.name));
+        let context = own.context.unwrap_or(self.context);
+        // Never more than the model was trained for.
+        let context = match info.context_length {
+            0 => context,
+            trained => context.min(trained),
+        };
+        let room = self.budget_bytes.saturating_sub(pinned);
+        let fits = |slots: &u32| self.bytes(info, context, *slots) <= room;
+        let most = own.slots.unwrap_or(self.slots).max(1);
+        let Some(slots) = (1..=most).rev().find(fits) else {
             let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+            let of_others = match pinned {
+                0 => String::new(),
+                _ => format!(", of which pinned models take {}", mib(pinned)),
+            };
             return Err(Fault::new(
                 Code::OutOfMemory,
                 format!(
-                    "{} needs {} MiB with a context of {} tokens, and v4 may use {} MiB; give it a \
-                     smaller context or take a smaller model",
+                    "{} needs {} MiB with a context of {context} tokens, and v4 may use {} \
+                     MiB{of_others}; give it a smaller context or take a smaller model",
                     target.name,
-                    mib(self.bytes(info, 1)),
-                    self.context(info),
+                    mib(self.bytes(info, context, 1)),
                     mib(self.budget_bytes),
                 ),
             ));
         };
-        let (bytes, context) = (self.bytes(info, slots), self.context(info));
+        let bytes = self.bytes(info, context, slots);
         Ok(Model { target, context, slots, bytes, hold })
     }
 }
@@ -167,6 +195,8 @@ pub struct Ask {
     pub kind: Kind,
     /// How long the model stays after it.
     pub keep_alive: KeepAlive,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// Why a runner is gone.
@@ -389,6 +419,10 @@ pub struct Runner {
     /// When it was last given work.
     used_at: Time,
     ready_at: Time,
+    /// When its load was decided on.
+    load_began: Time,
+    /// Its model's rules say that it stays.
+    is_pinned: bool,
     /// Gets nothing new, for its successor needs the memory.
     leaving: bool,
     /// Gets nothing new, for another model needs the memory. Decided anew in each step.
@@ -408,6 +442,8 @@ impl Runner {
             idle_since: Time::ZERO,
             used_at: Time::ZERO,
             ready_at: Time::ZERO,
+            load_began: Time::ZERO,
+            is_pinned: false,
             leaving: false,
             yielding: false,
         }
@@ -441,6 +477,7 @@ impl Runner {
     /// When its keep-alive ends: none while it works, or if it never does.
     pub fn expires(&self) -> Option<Time> {
         match self.keep_alive {
+            _ if self.is_pinned && !self.unwanted => None,
             KeepAlive::For(time) if self.is_idle() => Some(self.idle_since.saturating_add(time)),
             _ => None,
         }
@@ -449,6 +486,7 @@ impl Runner {
     /// When its keep-alive ends if it has no more to do from `now` on: what a person is told.
     pub fn would_expire(&self, now: Time) -> Option<Time> {
         match self.keep_alive {
+            _ if self.is_pinned && !self.unwanted => None,
             KeepAlive::For(time) if !self.is_idle() => Some(now.saturating_add(time)),
             _ => self.expires(),
         }
@@ -461,7 +499,7 @@ impl Runner {
 }
 
 /// All that is known of a name.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Name {
     /// What the name means.
     want: Arc<Model>,
@@ -476,6 +514,8 @@ struct Name {
     /// Loaded even if nobody waits: a swap is under way since then.
     eager_since: Option<Time>,
     queue: VecDeque<Pending>,
+    /// Whose turn it is in the queue.
+    turns: Turns,
     swaps: Vec<Pending>,
     /// Files that failed to replace what is loaded, and until when they are not tried again.
     refused: Option<(ModelFiles, Time)>,
@@ -501,6 +541,7 @@ impl Name {
             inherited: None,
             eager_since: None,
             queue: VecDeque::new(),
+            turns: Turns::default(),
             swaps: Vec::new(),
             refused: None,
             replaced: None,
@@ -568,8 +609,17 @@ impl Name {
 
     /// Since when somebody waits for this name to be loaded, and who.
     fn wanted_since(&self) -> Option<(Time, AskId)> {
-        let first = self.queue.front().map(|pending| (pending.asked_at, pending.ask.id));
+        let first = self.queue.iter().map(|pending| (pending.turn(), pending.ask.id)).min();
         first.into_iter().chain(self.eager_since.map(|since| (since, 0))).min()
+    }
+
+    /// Whether one more ask of `caller` may wait. One who has none there finds a place where others
+    /// have filled the queue.
+    fn takes(&self, caller: &Caller, max_queue: usize) -> bool {
+        let n_waiting = self.queue.len() + self.swaps.len();
+        let waits = |pending: &Pending| pending.ask.caller == *caller;
+        let is_new = !self.queue.iter().chain(&self.swaps).any(waits);
+        n_waiting < max_queue + if is_new { limits::NEWCOMERS } else { 0 }
     }
 
     /// Whether nothing of it needs to be remembered.
@@ -593,11 +643,15 @@ fn key(name: &ModelName) -> Key {
 }
 
 /// All runners and all that wait.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct State {
     rules: Rules,
     runners: BTreeMap<RunnerId, Runner>,
     names: BTreeMap<Key, Name>,
+    habits: Habits,
+    history: History,
+    /// When a model's quantum ends that somebody waits for.
+    quantum_ends: Option<Time>,
     next_runner: RunnerId,
     spare_retry_at: Time,
     spare_deaths: u32,
@@ -612,6 +666,9 @@ impl State {
             rules,
             runners: BTreeMap::new(),
             names: BTreeMap::new(),
+            habits: Habits::default(),
+            history: History::default(),
+            quantum_ends: None,
             next_runner: 1,
             spare_retry_at: Time::ZERO,
             spare_deaths: 0,
@@ -634,6 +691,36 @@ impl State {
         self.names
             .values()
             .map(|name| (&name.want.target.name, name.queue.len() + name.swaps.len()))
+    }
+
+    /// `target` with its place in memory, beside the models that are pinned there.
+    fn fit(&self, target: Target, hold: Hold) -> Result<Model, Fault> {
+        let own = key(&target.name);
+        let others = self.loaded().filter(|(_, runner, model, _)| {
+            self.is_pinned(model)
+                && runner.phase != Phase::Stopping
+                && key(&model.target.name) != own
+        });
+        let pinned = others.map(|(_, runner, ..)| runner.bytes).fold(0, u64::saturating_add);
+        self.rules.fit(target, hold, pinned)
+    }
+
+    /// Whether a model stays in memory whoever wants its place.
+    fn is_pinned(&self, model: &Model) -> bool {
+        self.rules.models.of(&key(&model.target.name)).pinned
+    }
+
+    /// How long a model stays after an ask that does not say.
+    pub fn keep_alive(&self, name: &ModelName) -> KeepAlive {
+        self.rules.models.of(&key(name)).keep_alive.unwrap_or(self.rules.keep_alive)
+    }
+
+    /// What was decided for a name, the oldest first.
+    pub fn decisions<'a>(
+        &'a self,
+        name: &ModelName,
+    ) -> impl Iterator<Item = &'a (Time, Decision)> + use<'a> {
+        self.history.of(&key(name))
     }
 
     /// Bytes that all models may take.
@@ -673,7 +760,8 @@ impl State {
         });
         let lacks_spare = self.rules.spare && !self.closing && self.free_runner().is_none();
         let spare = lacks_spare.then_some(self.spare_retry_at);
-        expiries.chain(names).chain(spare).filter(|at| *at > self.stepped_at).min()
+        let quanta = self.quantum_ends;
+        expiries.chain(names).chain(spare).chain(quanta).filter(|at| *at > self.stepped_at).min()
     }
 
     /// A runner without a model, one that has shaken hands first.
@@ -734,19 +822,20 @@ fn share_cores(state: &mut State, turn: &mut Turn) {
 fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut Turn) {
     let now = turn.now;
     let id = ask.id;
-    let mut refuse = |fault| turn.effects.push(Effect::Fail { ask: id, fault });
+    let key = key(&target.name);
+    let mut refuse = |history: &mut History, fault: Fault| {
+        history.note(&key, now, Decision::Refused { fault: fault.clone() });
+        turn.effects.push(Effect::Fail { ask: id, fault });
+    };
     if state.closing {
-        return refuse(crate::answer::gone());
+        return refuse(&mut state.history, crate::answer::gone());
     }
-    let Some(info) = target.info.clone() else {
-        return refuse(Fault::internal("a model was asked for before its header was read"));
-    };
-    let model = match state.rules.fit(target, hold, &info) {
+    let model = match state.fit(target, hold) {
         Ok(model) => Arc::new(model),
-        Err(fault) => return refuse(fault),
+        Err(fault) => return refuse(&mut state.history, fault),
     };
-    let name =
-        state.names.entry(key(&model.target.name)).or_insert_with(|| Name::new(Arc::clone(&model)));
+    let max_queue = state.rules.models.of(&key).max_queue.unwrap_or(state.rules.max_queue);
+    let name = state.names.entry(key.clone()).or_insert_with(|| Name::new(Arc::clone(&model)));
     let is_barred = name.runner.is_some()
         && name
             .refused
@@ -762,10 +851,15 @@ fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut
         name.mean(model);
     }
     if let Some(fault) = name.quarantine(now) {
-        return refuse(fault);
+        return refuse(&mut state.history, fault);
     }
-    if name.queue.len() + name.swaps.len() >= state.rules.max_queue {
-        return refuse(name.full());
+    if !name.takes(&ask.caller, max_queue) {
+        return refuse(&mut state.history, name.full());
+    }
+    if ask.kind != Kind::Swap {
+        let runs = |id: &RunnerId| state.runners.get(id).is_some_and(|it| !it.running.is_empty());
+        let is_busy = !name.queue.is_empty() || name.runner.iter().any(runs);
+        state.habits.of(&key, now).asked(now, is_busy);
     }
     let pending = Pending { ask, asked_at: now, sent_at: now, retried: false, left: false };
     if pending.ask.kind == Kind::Swap {
@@ -819,7 +913,11 @@ fn loaded(state: &mut State, id: RunnerId, bytes: u64, turn: &mut Turn) {
     runner.phase = Phase::Ready;
     runner.bytes = bytes;
     (runner.idle_since, runner.ready_at) = (now, now);
-    let Some(name) = state.names.get_mut(&key(&model.target.name)) else { return };
+    let key = key(&model.target.name);
+    let took = now.saturating_sub(runner.load_began);
+    state.habits.of(&key, now).loaded(took);
+    state.history.note(&key, now, Decision::Ready { bytes, took });
+    let Some(name) = state.names.get_mut(&key) else { return };
     let mut old = None;
     if name.next == Some(id) {
         old = name.runner.replace(id);
@@ -855,7 +953,9 @@ fn ended(state: &mut State, id: RunnerId, ask: AskId, turn: &mut Turn) {
         turn.effects.push(Effect::Forget(ask));
     }
     let Some(model) = &runner.model else { return };
-    if let Some(name) = state.names.get_mut(&key(&model.target.name)) {
+    let key = key(&model.target.name);
+    if let Some(name) = state.names.get_mut(&key) {
+        state.habits.of(&key, now).quiet(now);
         name.streak = 0;
         // A mean over about the last eight answers.
         name.service = (name.service * 7 + now.saturating_sub(pending.sent_at)) / 8;
@@ -869,8 +969,18 @@ fn gone(state: &mut State, id: RunnerId, cause: Cause, begun: &BTreeSet<AskId>, 
     let Some(model) = runner.model else {
         return spare_gone(state, now);
     };
+    let key = key(&model.target.name);
+    match (runner.phase, &cause) {
+        (Phase::Stopping, _) => {}
+        (Phase::Ready, _) | (_, Cause::Died | Cause::Left) => {
+            state.history.note(&key, now, Decision::Died);
+        }
+        (_, Cause::Refused(fault)) => {
+            state.history.note(&key, now, Decision::Refused { fault: fault.clone() });
+        }
+    }
     // A name whose runner was told to leave may have been forgotten meanwhile.
-    let name = state.names.entry(key(&model.target.name));
+    let name = state.names.entry(key);
     let name = name.or_insert_with(|| Name::new(Arc::clone(&model)));
     let was_next = name.next == Some(id);
     if name.runner == Some(id) {

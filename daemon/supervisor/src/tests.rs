@@ -47,18 +47,18 @@ struct Setup {
 }
 
 impl Setup {
-    fn new(config: SupervisorConfig, launch: Launch) -> Self {
+    fn new(config: &SupervisorConfig, launch: Launch) -> Self {
         let home = tempfile::tempdir().expect("a folder");
         let store = Arc::new(Store::open(home.path()).expect("a store"));
         Self { supervisor: Supervisor::start_with(config, store, launch), home }
     }
 
     fn normal() -> Self {
-        Self::new(config(), launch("normal"))
+        Self::new(&config(), launch("normal"))
     }
 
     async fn ask(&self, model: &str, prompt: &str) -> Result<Answer, Fault> {
-        soon(self.supervisor.generate(&target(model), request(prompt), None)).await
+        soon(self.supervisor.generate(&target(model), request(prompt), Terms::default())).await
     }
 
     /// The whole text, and how it ended.
@@ -140,7 +140,8 @@ async fn a_model_is_loaded_once_listed_and_unloaded() {
     assert!(busy[0].expires.is_some(), "a busy model does not stay for ever");
     drop(second);
     let centuries = Some(KeepAlive::For(Duration::MAX));
-    setup.supervisor.load(&target("b"), centuries).await.expect("loads");
+    let terms = Terms { keep_alive: centuries, ..Terms::default() };
+    setup.supervisor.load(&target("b"), terms).await.expect("loads");
 
     let ps = setup.supervisor.ps().await;
     let names: Vec<String> = ps.iter().map(|line| line.name.to_string()).collect();
@@ -158,8 +159,9 @@ async fn a_model_is_loaded_once_listed_and_unloaded() {
 async fn a_keep_alive_of_zero_unloads_after_the_answer() {
     let setup = Setup::normal();
     let keep_alive = Some(KeepAlive::For(Duration::ZERO));
+    let terms = Terms { keep_alive, ..Terms::default() };
     let target = target("a");
-    let asked = setup.supervisor.generate(&target, request("echo hi"), keep_alive);
+    let asked = setup.supervisor.generate(&target, request("echo hi"), terms);
     let mut answer = soon(asked).await.expect("an answer");
     assert_eq!(read(&mut answer).await.0, "hi");
     until("the end of a", async || setup.supervisor.ps().await.is_empty()).await;
@@ -167,7 +169,7 @@ async fn a_keep_alive_of_zero_unloads_after_the_answer() {
 
 #[tokio::test]
 async fn another_protocol_is_a_fault_and_not_a_guess() {
-    let setup = Setup::new(config(), launch("old-protocol"));
+    let setup = Setup::new(&config(), launch("old-protocol"));
     assert_eq!(code(&setup.tell("a", "echo hi").await.1), Code::RunnerDied);
     let inspected = soon(setup.supervisor.inspect(target("a").files)).await;
     assert_eq!(inspected.expect_err("a fault").code, Code::RunnerDied);
@@ -176,7 +178,7 @@ async fn another_protocol_is_a_fault_and_not_a_guess() {
 #[tokio::test]
 async fn an_executable_that_is_not_there_is_said_at_once() {
     let missing = Launch { exe: "/nonexistent/v4".into(), ..launch("normal") };
-    let setup = Setup::new(config(), missing);
+    let setup = Setup::new(&config(), missing);
     assert_eq!(code(&setup.tell("a", "echo hi").await.1), Code::Internal);
 }
 
@@ -255,7 +257,7 @@ async fn three_deaths_put_the_model_out_of_service() {
 async fn a_runner_that_hangs_is_killed() {
     for how in ["silent", "stopped"] {
         let heartbeat = Duration::from_millis(300);
-        let setup = Setup::new(config(), Launch { heartbeat, ..launch("normal") });
+        let setup = Setup::new(&config(), Launch { heartbeat, ..launch("normal") });
         let pid = setup.tell("a", "pid").await.0;
         let mut answer = setup.ask("a", "begin and hang").await.expect("an answer");
         assert!(matches!(soon(answer.next()).await, Some(Event::Delta(_))));
@@ -283,7 +285,7 @@ async fn a_slow_client_is_cut_and_the_others_do_not_wait() {
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_and_a_client_that_leaves_makes_room() {
     let config = SupervisorConfig { slots: 1, max_queue: 1, ..config() };
-    let setup = Setup::new(config, launch("normal"));
+    let setup = Setup::new(&config, launch("normal"));
     let running = setup.ask("a", "wait").await.expect("an answer");
     let waits = setup.ask("a", "echo second");
     tokio::pin!(waits);
@@ -298,7 +300,7 @@ async fn a_full_queue_refuses_at_once_and_a_client_that_leaves_makes_room() {
 #[tokio::test]
 async fn a_client_that_leaves_the_queue_is_forgotten() {
     let config = SupervisorConfig { slots: 1, max_queue: 1, ..config() };
-    let setup = Setup::new(config, launch("normal"));
+    let setup = Setup::new(&config, launch("normal"));
     let running = setup.ask("a", "wait").await.expect("an answer");
     let gave_up = timeout(Duration::from_millis(50), setup.ask("a", "echo second")).await;
     assert!(gave_up.is_err());
@@ -316,7 +318,7 @@ async fn a_load_that_fails_says_why_to_everybody() {
     let setup = Setup::normal();
     let (one, two) = tokio::join!(setup.tell("bad", "echo 1"), setup.tell("bad", "echo 2"));
     assert_eq!((code(&one.1), code(&two.1)), (Code::Corrupt, Code::Corrupt));
-    let loaded = soon(setup.supervisor.load(&target("bad"), None)).await;
+    let loaded = soon(setup.supervisor.load(&target("bad"), Terms::default())).await;
     assert_eq!(loaded.expect_err("a fault").code, Code::Corrupt);
     assert!(setup.supervisor.ps().await.is_empty());
 }
@@ -324,7 +326,7 @@ async fn a_load_that_fails_says_why_to_everybody() {
 #[tokio::test]
 async fn two_models_that_do_not_fit_together_take_turns() {
     let config = SupervisorConfig { memory_bytes: Some(fake::BYTES * 3 / 2), ..config() };
-    let setup = Setup::new(config, launch("normal"));
+    let setup = Setup::new(&config, launch("normal"));
     for model in ["a", "b", "a", "b"] {
         assert_eq!(setup.tell(model, "which").await.0, model);
         let ready = setup.supervisor.ps().await;
@@ -336,7 +338,7 @@ async fn two_models_that_do_not_fit_together_take_turns() {
 #[tokio::test]
 async fn a_model_larger_than_the_memory_is_refused() {
     let config = SupervisorConfig { memory_bytes: Some(fake::BYTES / 2), ..config() };
-    let setup = Setup::new(config, launch("normal"));
+    let setup = Setup::new(&config, launch("normal"));
     assert_eq!(code(&setup.tell("a", "which").await.1), Code::OutOfMemory);
 }
 
@@ -396,7 +398,8 @@ async fn inspect_answers_or_says_what_the_file_did() {
     assert_eq!(soon(inspect("abort")).await.expect_err("a fault").code, Code::RunnerDied);
     // A target whose figures are not known is inspected on the way.
     let target = Target { info: None, ..target("a") };
-    let mut answer = soon(setup.supervisor.generate(&target, request("which"), None)).await;
+    let mut answer =
+        soon(setup.supervisor.generate(&target, request("which"), Terms::default())).await;
     assert_eq!(read(answer.as_mut().expect("an answer")).await.0, "a");
 }
 
@@ -415,7 +418,7 @@ async fn blobs_are_leased_as_long_as_the_model_is_loaded() {
     };
     let name = put("a", vec![layer(weights, 7)]);
     let target = Target { blobs: vec![weights], ..target("a") };
-    soon(setup.supervisor.load(&target, None)).await.expect("loads");
+    soon(setup.supervisor.load(&target, Terms::default())).await.expect("loads");
     assert!(store.remove(&name).expect("removes"));
     assert!(store.blob(&weights).expect("a size").is_some(), "a loaded model keeps its blobs");
 

@@ -3,6 +3,7 @@
 pub mod decode;
 pub mod encode;
 pub mod listing;
+pub mod plan;
 pub mod show;
 
 /// The version that clients are told at `/api/version`: the level of Ollama's interface that this

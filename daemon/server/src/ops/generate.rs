@@ -8,7 +8,7 @@ use v4_proto::{
     Ability, Code, Delta, Done, Event, Fault, Generate, Input, Message, ModelInfo, ModelName, Role,
     Think,
 };
-use v4_supervisor::{Answer, KeepAlive};
+use v4_supervisor::{Answer, Caller, KeepAlive, Terms};
 
 use crate::{
     daemon::Daemon,
@@ -32,6 +32,8 @@ pub struct Ask {
     pub keep_alive: Option<KeepAlive>,
     /// Whether a conversation that does not fit loses its oldest turns (or is a fault).
     pub truncate: bool,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// What a model is asked for.
@@ -173,6 +175,7 @@ pub async fn load(daemon: &Daemon, name: &ModelName) -> Result<(), Fault> {
         fallback: Options::default(),
         keep_alive: None,
         truncate: true,
+        caller: Caller::default(),
     };
     start(daemon, ask).await.map(drop)
 }
@@ -195,19 +198,20 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     let target = model.target(Some(info.clone()));
     let of_model = config.model(&model.record.name).and_then(|table| table.keep_alive);
     let keep_alive = ask.keep_alive.or(of_model).or(Some(config.keep_alive));
+    let terms = Terms { keep_alive, caller: ask.caller.clone() };
     let operation = match ask.work {
         Work::Chat { .. } => "chat",
         _ => "text_completion",
     };
     let Some(request) = request(&model, &info, ask)? else {
-        daemon.supervisor.load(&target, keep_alive).await?;
+        daemon.supervisor.load(&target, terms).await?;
         touch(daemon, &model);
         return Ok(Started::Settled(Settled::Loaded));
     };
     let named = |exporter| Trace::new(exporter, operation, model.record.name.to_string());
     let mut trace = daemon.exporter.as_ref().map(named);
     let begun = async {
-        let mut answer = daemon.supervisor.generate(&target, request, keep_alive).await?;
+        let mut answer = daemon.supervisor.generate(&target, request, terms).await?;
         match answer.next().await {
             Some(Event::Failed(fault)) => Err(fault),
             first => Ok((answer, first)),

@@ -7,5 +7,6 @@ pub mod generate;
 pub mod import;
 pub mod metrics;
 pub mod models;
+pub mod plan;
 pub mod ps;
 pub mod pull;

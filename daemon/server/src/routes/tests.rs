@@ -796,3 +796,32 @@ async fn keys_are_made_listed_and_removed() {
     }
     assert_eq!(ask(&fixture, "GET", "/api/tags", "").await.status, 200);
 }
+
+#[tokio::test]
+async fn a_plan_says_what_would_happen_and_why_says_what_did() {
+    let fixture = stocked();
+    let named = json!({"model": "m"});
+    let plan = post(&fixture, "/api/plan", &named).await.json();
+    assert_eq!((&plan["model"], &plan["outcome"]), (&json!("m:latest"), &json!("load")));
+    let bytes = &plan["bytes"];
+    let sum = ["weights", "kv", "scratch"].iter().filter_map(|part| bytes[part].as_u64()).sum();
+    assert_eq!(bytes["total"].as_u64(), Some(sum));
+    assert_eq!((&plan["is_measured"], &plan["loaded"]), (&json!(false), &json!([])));
+    let why = post(&fixture, "/api/why", &named).await.json();
+    assert_eq!(why, json!({"model": "m:latest", "decisions": []}));
+    // A plan is only a plan.
+    assert!(fixture.daemon.supervisor.ps().await.is_empty());
+
+    post(&fixture, "/api/generate", &named).await;
+    let plan = post(&fixture, "/api/plan", &named).await.json();
+    assert_eq!((&plan["outcome"], &plan["is_measured"]), (&json!("serve"), &json!(true)));
+    assert_eq!(plan["loaded"][0]["model"], "m:latest");
+    let why = post(&fixture, "/api/why", &named).await.json();
+    let what = |n: usize| why["decisions"][n]["what"].as_str().unwrap_or_default().to_owned();
+    assert_eq!([what(0), what(1), what(2)], ["load", "ready", ""]);
+    assert!(why["decisions"][0]["at"].as_str().is_some_and(|at| at.ends_with('Z')), "{why}");
+    // Of a model that is gone there may be something to say; of a plan for it there is not.
+    let gone = json!({"model": "gone"});
+    assert_eq!(post(&fixture, "/api/plan", &gone).await.status, 404);
+    assert_eq!(post(&fixture, "/api/why", &gone).await.json()["decisions"], json!([]));
+}

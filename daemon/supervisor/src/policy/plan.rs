@@ -1,12 +1,14 @@
 //! Looks at the whole state and brings it where it should be: requests onto ready runners, wanted
 //! models into memory, unused ones out of it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use v4_proto::{Code, Fault};
+use v4_proto::{Code, Fault, ModelName};
 
 use super::{
-    AskId, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId, State, Time, Turn,
+    AskId, Blocker, Decision, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId,
+    State, Time, Turn, key,
+    worth::{self, Victim, Worth},
 };
 use crate::{KeepAlive, limits};
 
@@ -38,6 +40,12 @@ pub(super) fn stop(
         return;
     }
     runner.phase = Phase::Stopping;
+    if let Some(model) = runner.model.clone() {
+        let own = key(&model.target.name);
+        let worth = Worth::of(state, &own, &state.runners[&id], turn.now);
+        let decision = Decision::Leave { reason: reason.clone(), worth };
+        state.history.note(&own, turn.now, decision);
+    }
     turn.effects.push(Effect::Stop { runner: id, deadline, reason });
     for name in state.names.values_mut() {
         if name.runner == Some(id) {
@@ -111,7 +119,7 @@ fn agree(state: &mut State, turn: &mut Turn) {
     }
 }
 
-/// Gives waiting asks to ready runners, whose turn comes first first, up to the slots of each.
+/// Gives waiting asks to ready runners, callers in turn, up to the slots of each.
 /// Those in the background that give way are not counted against others: the runner has them wait.
 fn dispatch(state: &mut State, turn: &mut Turn) {
     let now = turn.now;
@@ -122,35 +130,33 @@ fn dispatch(state: &mut State, turn: &mut Turn) {
         };
         let ready_at = runner.ready_at;
         let slots = runner.model.as_ref().map_or(0, |model| model.slots as usize);
-        let mut waiting = std::mem::take(&mut name.queue);
-        waiting.make_contiguous().sort_by_key(Pending::turn);
-        while let Some(mut pending) = waiting.pop_front() {
+        loop {
+            let n_running = runner.running.len();
+            let n_yielding = runner.running.values().filter(|other| other.yields(now)).count();
+            let may = |pending: &Pending| match pending.ask.kind {
+                Kind::Load | Kind::Swap => true,
+                _ if pending.yields(now) => n_running < slots,
+                _ => n_running - n_yielding < slots,
+            };
+            let Some(mut pending) = name.turns.next(&mut name.queue, runner, may) else { break };
             let ask = pending.ask.id;
             let load = ready_at.saturating_sub(pending.asked_at);
-            let yields = |other: &&Pending| !pending.yields(now) && other.yields(now);
-            let n_yielding = runner.running.values().filter(yields).count();
-            match pending.ask.kind {
-                Kind::Generate | Kind::Background if runner.running.len() - n_yielding >= slots => {
-                    name.queue.push_back(pending);
-                    continue;
-                }
-                Kind::Generate | Kind::Background => {
-                    pending.sent_at = now;
-                    runner.keep_alive = pending.ask.keep_alive;
-                    runner.running.insert(ask, pending);
-                    turn.effects.push(Effect::Send { runner: id, ask, load });
-                }
-                Kind::Load | Kind::Swap => {
-                    runner.keep_alive = pending.ask.keep_alive;
-                    if runner.running.is_empty() {
-                        runner.idle_since = now;
-                    }
-                    turn.effects.push(Effect::Done { ask, load });
-                }
-            }
+            runner.keep_alive = pending.ask.keep_alive;
             runner.used_at = now;
             runner.unwanted = false;
+            if matches!(pending.ask.kind, Kind::Generate | Kind::Background) {
+                pending.sent_at = now;
+                name.turns.served(&pending.ask.caller, now);
+                runner.running.insert(ask, pending);
+                turn.effects.push(Effect::Send { runner: id, ask, load });
+            } else {
+                if runner.running.is_empty() {
+                    runner.idle_since = now;
+                }
+                turn.effects.push(Effect::Done { ask, load });
+            }
         }
+        name.turns.forget(&name.queue);
     }
 }
 
@@ -193,9 +199,10 @@ impl Room {
 }
 
 /// Loads what is wanted, whoever waits longest first. Where memory is short, others are unloaded
-/// or drained for it.
+/// or drained for it as soon as they have had their quantum.
 fn make_room(state: &mut State, turn: &mut Turn) {
     let now = turn.now;
+    state.quantum_ends = None;
     for runner in state.runners.values_mut() {
         runner.yielding = false;
     }
@@ -205,25 +212,87 @@ fn make_room(state: &mut State, turn: &mut Turn) {
     drain_predecessors(state, turn);
     shed(state, turn);
     let mut room = Room::of(state);
+    let mut claimed = BTreeSet::new();
     for key in wanted(state, now) {
         let Some(name) = state.names.get(&key) else { continue };
         let want = Arc::clone(&name.want);
         let has_runner = name.runner.is_some();
-        if room.take(want.bytes) {
+        let foes = foes(state, &key);
+        if foes.is_empty() && room.take(want.bytes) {
             load(state, &key, want, turn);
         } else if has_runner {
             replace_later(state, &key, now);
         } else {
             let missing = want.bytes.saturating_sub(room.later());
-            room.coming = room.coming.saturating_add(evict(state, &key, missing, turn));
+            let victims = worth::choose(state, &key, (missing, &foes), &claimed, now);
+            let bytes = victims.iter().map(|victim| victim.bytes).fold(0, u64::saturating_add);
+            room.coming = room.coming.saturating_add(bytes);
             room.promised = room.promised.saturating_add(want.bytes);
+            claimed.extend(victims.iter().map(|victim| victim.runner));
+            if bytes >= missing {
+                evict(state, &want.target.name, &victims, turn);
+            }
+            explain(state, &key, (missing, &foes), &victims, now);
         }
     }
     drain_predecessors(state, turn);
 }
 
+/// The runners whose models are never in memory at the same time as that of `key`.
+fn foes(state: &State, own: &Key) -> BTreeSet<RunnerId> {
+    let excludes = |model: &Model| state.rules.models.exclude(own, &key(&model.target.name));
+    state.loaded().filter(|(_, _, model, _)| excludes(model)).map(|(id, ..)| id).collect()
+}
+
+/// Has runners leave for the model of a name: idle ones at once, busy ones get nothing new. While
+/// one of them has a quantum, all stay.
+fn evict(state: &mut State, name: &ModelName, victims: &[Victim], turn: &mut Turn) {
+    let held = victims.iter().map(|victim| victim.kept_until).max();
+    if let Some(until) = held.filter(|until| *until > turn.now) {
+        let soonest = state.quantum_ends.map_or(until, |other| other.min(until));
+        state.quantum_ends = Some(soonest);
+        return;
+    }
+    for victim in victims {
+        if !victim.is_busy {
+            stop(state, victim.runner, limits::STOP, Reason::Room(name.clone()), turn);
+        } else if let Some(runner) = state.runners.get_mut(&victim.runner) {
+            runner.yielding = true;
+            let decision = Decision::Yield { to: name.clone() };
+            state.history.note(&key(&victim.name), turn.now, decision);
+        }
+    }
+}
+
+/// Notes for whom the model of `own` has to wait.
+fn explain(
+    state: &mut State,
+    own: &Key,
+    (missing, foes): (u64, &BTreeSet<RunnerId>),
+    victims: &[Victim],
+    now: Time,
+) {
+    let blockers = state.loaded().filter_map(|(id, runner, model, _)| {
+        let victim = victims.iter().find(|victim| victim.runner == id);
+        let is_concerned = victim.is_some() || foes.contains(&id);
+        let blocker = match (runner.phase, victim) {
+            (Phase::Stopping, _) => Blocker::Leaving,
+            (Phase::Ready, _) if is_concerned && runner.is_pinned => Blocker::Pinned,
+            (Phase::Ready, Some(victim)) if victim.kept_until > now => {
+                Blocker::Quantum { left: victim.kept_until.saturating_sub(now) }
+            }
+            (Phase::Ready, _) if is_concerned || runner.is_draining() => Blocker::Busy,
+            (Phase::Ready, _) => return None,
+            _ => Blocker::Loading,
+        };
+        Some((model.target.name.clone(), blocker))
+    });
+    let blockers = blockers.collect();
+    state.history.note(own, now, Decision::Wait { missing, blockers });
+}
+
 /// Models whose runners took more than their headers said may have gone beyond the budget: idle
-/// ones leave, the longest idle first, but not the one that came last.
+/// ones leave, the least worth keeping first, but not the one that came last.
 fn shed(state: &mut State, turn: &mut Turn) {
     let room = Room::of(state);
     let mut over = room.used.saturating_sub(room.coming).saturating_sub(room.budget);
@@ -231,23 +300,27 @@ fn shed(state: &mut State, turn: &mut Turn) {
         return;
     }
     let newest = state.runners.values().map(|runner| runner.ready_at).max();
-    let mut idle: Vec<(Time, RunnerId, u64)> = state
-        .runners
-        .iter()
-        .filter(|(_, runner)| runner.is_idle() && Some(runner.ready_at) != newest)
-        .map(|(id, runner)| (runner.used_at(), *id, runner.bytes))
+    let mut idle: Vec<Victim> = state
+        .loaded()
+        .filter(|(_, runner, ..)| runner.is_idle() && !runner.is_pinned)
+        .filter(|(_, runner, ..)| Some(runner.ready_at) != newest)
+        .map(|(id, runner, model, _)| Victim::of(state, (id, runner, model), turn.now))
         .collect();
-    idle.sort_unstable();
-    for (_, id, bytes) in idle {
+    idle.sort_by(Victim::by_worth);
+    for victim in idle {
         if over > 0 {
-            stop(state, id, limits::STOP, Reason::OverBudget, turn);
-            over = over.saturating_sub(bytes);
+            stop(state, victim.runner, limits::STOP, Reason::OverBudget, turn);
+            over = over.saturating_sub(victim.bytes);
         }
     }
 }
 
 /// The names that want a load now: somebody waits and nothing loads, or the runner has other files.
 fn wanted(state: &State, now: Time) -> Vec<Key> {
+    let early = |key: &Key| {
+        let steps = u32::from(state.rules.models.of(key).priority.abs_diff(i8::MAX));
+        limits::PRIORITY_STEP.saturating_mul(steps)
+    };
     let mut keys: Vec<((Time, AskId), &Key)> = state
         .names
         .iter()
@@ -256,11 +329,12 @@ fn wanted(state: &State, now: Time) -> Vec<Key> {
                 return None;
             }
             let Some(runner) = name.runner.and_then(|id| state.runners.get(&id)) else {
-                return Some((name.wanted_since()?, key));
+                let (since, ask) = name.wanted_since()?;
+                return Some(((since.saturating_add(early(key)), ask), key));
             };
             let model = runner.model.as_ref()?;
             let is_outdated = model.files() != name.want.files() && !runner.leaving;
-            is_outdated.then_some(((now, AskId::MAX), key))
+            is_outdated.then_some(((now.saturating_add(early(key)), AskId::MAX), key))
         })
         .collect();
     keys.sort();
@@ -295,8 +369,12 @@ fn drain_predecessors(state: &mut State, turn: &mut Turn) {
 /// Starts a load: in the spare runner, else in one that starts, else in a new one.
 fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
     let now = turn.now;
+    let free = state.rules.budget_bytes.saturating_sub(state.used_bytes());
+    let is_pinned = state.is_pinned(&model);
     let id = state.free_runner().unwrap_or_else(|| spawn(state, turn));
     let Some(name) = state.names.get_mut(key) else { return };
+    let replaces = name.runner.is_some();
+    state.history.note(key, now, Decision::Load { bytes: model.bytes, free, replaces });
     match name.runner {
         None => name.runner = Some(id),
         Some(old) => {
@@ -312,65 +390,13 @@ fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
     runner.bytes = model.bytes;
     runner.keep_alive = keep_alive;
     runner.used_at = now;
+    runner.load_began = now;
+    runner.is_pinned = is_pinned;
     runner.model = Some(Arc::clone(&model));
     if runner.phase == Phase::Spare {
         runner.phase = Phase::Loading;
         turn.effects.push(Effect::Load { runner: id, model });
     }
-}
-
-/// Finds `missing` bytes among the other names' runners: idle ones, the longest idle first, are
-/// unloaded; then busy ones, the longest without new work first, get nothing new. Returns how many
-/// bytes that will free.
-fn evict(state: &mut State, key: &Key, missing: u64, turn: &mut Turn) -> u64 {
-    let own = state.names.get(key).map(|name| (name.runner, name.next));
-    let is_swapping = |id: RunnerId| state.names.values().any(|name| name.next == Some(id));
-    let mut victims: Vec<(bool, Time, RunnerId, u64)> = state
-        .runners
-        .iter()
-        .filter(|(id, runner)| {
-            let is_own = own.is_some_and(|(a, b)| a == Some(**id) || b == Some(**id));
-            runner.phase == Phase::Ready
-                && !runner.leaving
-                && !runner.yielding
-                && !is_own
-                && !is_swapping(**id)
-        })
-        .map(|(id, runner)| (!runner.is_idle(), runner_age(runner), *id, runner.bytes))
-        .collect();
-    victims.sort_unstable();
-    let mut found = 0_u64;
-    let mut chosen = Vec::new();
-    for victim in victims {
-        if found >= missing {
-            break;
-        }
-        found = found.saturating_add(victim.3);
-        chosen.push(victim);
-    }
-    // A large one found late may make smaller ones needless.
-    chosen.retain(|(_, _, _, bytes)| {
-        let is_needless = found.saturating_sub(*bytes) >= missing;
-        if is_needless {
-            found -= bytes;
-        }
-        !is_needless
-    });
-    let Some(name) = state.names.get(key) else { return 0 };
-    let reason = Reason::Room(name.want.target.name.clone());
-    for (is_busy, _, id, _) in chosen {
-        if !is_busy {
-            stop(state, id, limits::STOP, reason.clone(), turn);
-        } else if let Some(runner) = state.runners.get_mut(&id) {
-            runner.yielding = true;
-        }
-    }
-    found
-}
-
-/// Since when a runner is idle, or has had no new work.
-fn runner_age(runner: &Runner) -> Time {
-    if runner.is_idle() { runner.used_at() } else { runner.used_at }
 }
 
 /// Unloads what nobody has asked for within its keep-alive.

@@ -44,6 +44,7 @@ fn rules() -> Rules {
         threads: 1,
         spare: false,
         keep_alive: KeepAlive::For(secs(300)),
+        models: ModelTable::default(),
     }
 }
 
@@ -87,7 +88,7 @@ impl Story {
 
     #[track_caller]
     fn ask_as(&mut self, kind: Kind, id: AskId, model: (&str, u64), expected: &str) {
-        let ask = Ask { id, kind, keep_alive: KeepAlive::For(secs(300)) };
+        let ask = Ask { id, kind, keep_alive: KeepAlive::For(secs(300)), caller: "me".into() };
         let target = Box::new(target(model.0, model.1));
         self.on(Event::Ask { ask, target, hold: Hold::default() }, expected);
     }
@@ -200,7 +201,7 @@ fn a_full_queue_says_when_to_come_back() {
     story.loaded(1, 400, "send 1 #1");
     story.ask(2, ("a", 400), "");
     story.ask(3, ("a", 400), "");
-    let ask = Ask { id: 4, kind: Kind::Load, keep_alive: KeepAlive::Forever };
+    let ask = Ask { id: 4, kind: Kind::Load, keep_alive: KeepAlive::Forever, caller: "me".into() };
     let event = Event::Ask { ask, target: Box::new(target("a", 400)), hold: Hold::default() };
     let effects = step(&mut story.state, event, story.now);
     let [Effect::Fail { fault, .. }] = effects.as_slice() else { panic!("{effects:?}") };
@@ -243,12 +244,12 @@ fn the_longest_idle_model_makes_room() {
 #[test]
 fn no_more_is_evicted_than_needed() {
     let mut story = Story::new(rules());
-    for (n, model, mib) in [(1, "a", 200), (2, "b", 700)] {
+    for (n, model, mib, pause) in [(1, "a", 200, 200), (2, "b", 700, 10)] {
         story.ask(n, (model, mib), &format!("spawn {n}"));
         story.started(n, &format!("load {n} {model}"));
         story.loaded(n, mib, &format!("send {n} #{n}"));
         story.ended(n, n, "");
-        story.now += secs(1);
+        story.now += secs(pause);
     }
     // a is the longest idle, but b alone is enough.
     story.ask(3, ("c", 600), "stop 2");
@@ -260,6 +261,7 @@ fn a_busy_model_drains_and_is_not_cut() {
     story.ask(1, ("a", 800), "spawn 1");
     story.started(1, "load 1 a");
     story.loaded(1, 800, "send 1 #1");
+    story.now += limits::QUANTUM_MAX;
     story.ask(2, ("b", 800), "");
     story.ask(3, ("a", 800), "");
     assert!(story.state.runners[&1].is_draining());
@@ -280,6 +282,7 @@ fn a_drain_ends_when_nobody_needs_the_memory_any_more() {
     story.ask(1, ("a", 800), "spawn 1");
     story.started(1, "load 1 a");
     story.loaded(1, 800, "send 1 #1");
+    story.now += limits::QUANTUM_MAX;
     story.ask(2, ("b", 800), "");
     story.ask(3, ("a", 800), "");
     story.on(Event::Left(2), "forget #2; send 1 #3");
@@ -291,11 +294,10 @@ fn a_model_that_cannot_fit_is_refused_and_fewer_slots_are_tried_first() {
     story.ask(1, ("a", 1001), "fail #1 OutOfMemory");
     let mut fits_once = target("b", 500);
     fits_once.info.as_mut().expect("set").kv_bytes_per_token = 400 * MIB / 1024;
-    let info = fits_once.info.clone().expect("set");
-    let model = rules().fit(fits_once.clone(), Hold::default(), &info).expect("one fits");
+    let model = rules().fit(fits_once.clone(), Hold::default(), 0).expect("one fits");
     assert_eq!((model.slots, model.context, model.bytes), (1, 1024, 900 * MIB));
     let smaller = Rules { kv_type: KvType::Q8_0, ..rules() };
-    let model = smaller.fit(fits_once, Hold::default(), &info).expect("both sequences fit");
+    let model = smaller.fit(fits_once, Hold::default(), 0).expect("both sequences fit");
     assert_eq!((model.slots, model.bytes), (2, 925 * MIB));
 }
 
@@ -447,7 +449,8 @@ fn a_swap_goes_on_when_the_old_one_dies() {
 fn a_successor_takes_the_keep_alive_over() {
     for mib in [400, 600] {
         let mut story = Story::new(rules());
-        let ask = Ask { id: 1, kind: Kind::Load, keep_alive: KeepAlive::Forever };
+        let ask =
+            Ask { id: 1, kind: Kind::Load, keep_alive: KeepAlive::Forever, caller: "me".into() };
         let event = Event::Ask { ask, target: Box::new(target("a", mib)), hold: Hold::default() };
         story.on(event, "spawn 1");
         story.started(1, "load 1 a");
@@ -573,6 +576,9 @@ fn each_runner_has_a_core_even_where_there_are_too_few() {
     story.loaded(2, 300, "send 2 #2");
 }
 
+mod rules;
+mod swaps;
+
 mod random {
     //! Random histories: the world plays clients and runners in any order that real ones could.
 
@@ -681,9 +687,11 @@ mod random {
 
         fn check(&self) {
             assert!(self.state.used_bytes() <= 1000 * MIB, "over budget");
-            let slots = 2;
+            // Those that a runner's death gave back, and one newcomer each.
+            let (slots, callers) = (2, 3);
             for name in self.state.names.values() {
-                assert!(name.queue.len() + name.swaps.len() <= 3 + slots, "queue bound");
+                let n_waiting = name.queue.len() + name.swaps.len();
+                assert!(n_waiting <= 3 + slots + callers, "queue bound");
             }
             assert!(self.ends.values().all(|n| *n <= 1), "two ends");
             let busy = self.processes.values().filter(|process| !process.running.is_empty());
@@ -729,7 +737,8 @@ mod random {
                 [self.dice.below(5)];
             let times = [0, 1, 30, 300];
             let keep_alive = KeepAlive::For(secs(times[self.dice.below(4)]));
-            let ask = Ask { id, kind, keep_alive };
+            let caller = ["x", "y", "z"][self.dice.below(3)].into();
+            let ask = Ask { id, kind, keep_alive, caller };
             let target = Box::new(target(version, mib));
             self.feed(Event::Ask { ask, target, hold: Hold::default() });
         }
@@ -860,7 +869,7 @@ fn reasons(effects: Vec<Effect>) -> Vec<(RunnerId, Reason)> {
 #[test]
 fn a_runner_is_told_to_leave_for_a_reason() {
     let ask = |version: &str, kind| Event::Ask {
-        ask: Ask { id: 9, kind, keep_alive: KeepAlive::Forever },
+        ask: Ask { id: 9, kind, keep_alive: KeepAlive::Forever, caller: "me".into() },
         target: Box::new(target(version, 600)),
         hold: Hold::default(),
     };

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use v4_proto::{Code, Digest, Fault, Message, ModelName, Think, name::Reference};
 use v4_pull::{Change, Wish};
-use v4_supervisor::KeepAlive;
+use v4_supervisor::{Caller, KeepAlive};
 
 use crate::{
     api::{
@@ -128,6 +128,7 @@ pub fn generate(bytes: &[u8]) -> Result<Request, Fault> {
             fallback: Options::default(),
             keep_alive,
             truncate: body.truncate.unwrap_or(true),
+            caller: Caller::default(),
         },
     })
 }
@@ -184,6 +185,7 @@ pub fn chat(bytes: &[u8]) -> Result<Request, Fault> {
             fallback: Options::default(),
             keep_alive,
             truncate: body.truncate.unwrap_or(true),
+            caller: Caller::default(),
         },
     })
 }

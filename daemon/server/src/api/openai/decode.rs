@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use v4_proto::{Code, Fault, Lane, Message, ModelName, Think};
+use v4_supervisor::Caller;
 
 use crate::{
     api::{json, keep_alive, openai::encode::Encoder, turns, wanted},
@@ -20,6 +21,8 @@ pub struct Request {
     pub ask: Ask,
     /// Whether the answer comes in pieces.
     pub stream: bool,
+    /// Whom the client asks for, in its own words.
+    pub user: Option<String>,
     /// What writes the answer.
     pub encoder: Encoder,
 }
@@ -51,6 +54,7 @@ struct Body {
     options: Option<Map<String, Value>>,
     keep_alive: Option<Value>,
     service_tier: Option<String>,
+    user: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -120,6 +124,7 @@ pub fn chat(bytes: &[u8], id: u64, created: i64) -> Result<Request, Fault> {
     Ok(Request {
         encoder: Encoder::new(id, created, model.text.clone(), include_usage),
         stream: body.stream.unwrap_or(false),
+        user: body.user,
         ask: Ask {
             model,
             work,
@@ -127,6 +132,7 @@ pub fn chat(bytes: &[u8], id: u64, created: i64) -> Result<Request, Fault> {
             fallback: Options { temperature: Some(1.0), top_p: Some(1.0), ..Options::default() },
             keep_alive: body.keep_alive.as_ref().map_or(Ok(None), keep_alive::parse)?,
             truncate: true,
+            caller: Caller::default(),
         },
     })
 }
