@@ -21,8 +21,8 @@ const SECONDS: &str = "V4_STORM_SECONDS";
 const FEW: u64 = 8;
 /// Clients at a time.
 const CLIENTS: u64 = 6;
-/// A model whose runner dies three times within five minutes is given up, so the two models' runners
-/// are killed in turn, no closer than this; in a short storm, twice in all.
+/// A model whose runner dies three times within five minutes is given up, so those of the two
+/// models are killed in turn, no closer than this; in a short storm, two or three times in all.
 const KILL_EVERY: Duration = Duration::from_secs(110);
 /// Storms that are as long are held to [`GROWTH`]; in a short one caches still fill.
 const LONG: Duration = Duration::from_mins(5);

@@ -113,8 +113,8 @@ fn deal(
 ) {
     // Where there is not a token for each, the oldest read.
     reading.truncate(*left);
-    // Short prompts first, and most of it to one that is far shorter than another: it waits least by
-    // itself, and few tokens are before its own. What they leave goes to the longer ones.
+    // Short prompts first, and most of it to one that is far shorter than another: few tokens are
+    // before its own, so they cost little. What they leave goes to the longer ones.
     let mut shortest = reading.clone();
     shortest.sort_by_key(|&index| running[index].pending);
     let longest = shortest.last().map_or(0, |&index| running[index].pending);
@@ -147,8 +147,8 @@ const MOST_LEASTS: usize = 2;
 /// the longest (92 % on a two-core machine).
 const LEAST_ALONE: usize = 128;
 /// How long a step may take while other sequences write: so many steps that only write, within
-/// bounds. Tokens then come at half their pace at worst, but no reader notices a pause below the one
-/// bound, and with chunks for the other hardly less is read a second than with longer ones.
+/// bounds. Tokens then come at half their pace; no reader notices a pause below the one bound, and
+/// chunks that fill the other are read hardly slower than longer ones.
 const WRITES: u32 = 2;
 const STEP_TARGET: [Duration; 2] = [Duration::from_millis(60), Duration::from_millis(200)];
 /// The same where nobody waits for what is read.

@@ -16,6 +16,7 @@ use v4_proto::frame::{KvType, Precision};
 use v4_proto::{ModelName, paths};
 use v4_store::Quota;
 use v4_supervisor::KeepAlive;
+use v4_supervisor::policy::ModelRules;
 
 use crate::error::Error;
 
@@ -390,6 +391,16 @@ impl Config {
         if self.models != next.models {
             changed.push("model");
         }
+        // How long a model stays is asked anew with each request.
+        let rules = |models: &[ModelTable]| -> Vec<(ModelName, ModelRules)> {
+            let of = |model: &ModelTable| {
+                (model.name.clone(), ModelRules { keep_alive: None, ..model.rules.clone() })
+            };
+            models.iter().map(of).filter(|(_, rules)| *rules != ModelRules::default()).collect()
+        };
+        if rules(&self.models) != rules(&next.models) {
+            at_start.push("model");
+        }
         let place = place(given, variables)?;
         let config = Self::of(place, next.models, next.origin)?;
         Ok(Again { config, changed, at_start })
@@ -398,6 +409,12 @@ impl Config {
     /// What the store may take.
     pub fn store_quota(&self) -> Quota {
         Quota { bytes: self.quota, evicts: self.quota_evict }
+    }
+
+    /// What the supervisor is told of single models.
+    pub fn model_rules(&self) -> v4_supervisor::policy::ModelTable {
+        let rules = self.models.iter().map(|model| (model.name.to_string(), model.rules.clone()));
+        v4_supervisor::policy::ModelTable::new(rules)
     }
 
     /// What the file says of a model.

@@ -130,6 +130,7 @@ fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
             path: config.home.join(v4_store::KV_FOLDER),
             quota_bytes,
         }),
+        models: config.model_rules(),
         ..base
     };
     store.set_quota(config.store_quota());

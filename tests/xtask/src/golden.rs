@@ -114,7 +114,13 @@ fn settings(page: &mut String, source: &str) {
          with a mistake changes nothing. Paths may begin with `~/` or `$V4_HOME/`.\n\n\
          ```toml\nkeep_alive = \"10m\"\nquota = \"200G\"\npeers = [\"http://10.0.0.2:11434\"]\n\n\
          [model.\"qwen3:8b\"]\nkeep_alive = -1   # instead of the one above\n\
-         preload = true    # loaded when v4 starts\n```\n\n\
+         preload = true    # loaded when v4 starts\n\
+         pin = true        # never unloaded to make room\n\
+         slots = 4         # sequences at a time, as context and max_queue instead of those above\n\
+         priority = 1      # has memory before others: -128 to 127, 0 is usual\n\
+         group = \"code\"    # stays in memory together with others of the group\n\
+         excludes = [\"gemma3*\"] # never in memory at the same time\n```\n\n\
+         All of a model but `keep_alive` counts from the next start on.\n\n\
          | key | variable | default | live | what it says |\n|---|---|---|---|---|\n",
     );
     for Declared { key, words, is_live, said } in declared(source) {

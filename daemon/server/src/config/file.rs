@@ -9,6 +9,7 @@ use toml::{
 use v4_proto::ModelName;
 use v4_store::fs::{self, Fs as _, RealFs};
 use v4_supervisor::KeepAlive;
+use v4_supervisor::policy::ModelRules;
 
 use super::{SETTINGS, nearest};
 use crate::{api, error::Error, limits};
@@ -31,10 +32,22 @@ pub struct ModelTable {
     pub keep_alive: Option<KeepAlive>,
     /// Whether it is loaded when the daemon starts.
     pub preload: bool,
+    /// What the supervisor is told of it; from the next start on.
+    pub rules: ModelRules,
 }
 
 /// The keys of a model's table.
-const MODEL_KEYS: [&str; 2] = ["keep_alive", "preload"];
+const MODEL_KEYS: [&str; 9] = [
+    "keep_alive",
+    "preload",
+    "pin",
+    "slots",
+    "context",
+    "max_queue",
+    "priority",
+    "group",
+    "excludes",
+];
 
 /// What is wrong, and where.
 struct Wrong {
@@ -148,24 +161,52 @@ fn models(value: &Spanned<DeValue<'_>>) -> Result<Vec<ModelTable>, Wrong> {
 }
 
 fn model(name: ModelName, table: &DeTable<'_>) -> Result<ModelTable, Wrong> {
-    let mut model = ModelTable { name, keep_alive: None, preload: false };
+    let mut model =
+        ModelTable { name, keep_alive: None, preload: false, rules: ModelRules::default() };
     for (key, value) in in_order(table) {
         let wrong = |what: &str| Wrong {
             at: value.span(),
             what: format!("{} of the model '{}' must be {what}", key.get_ref(), model.name),
         };
+        let is_on = || value.get_ref().as_bool().ok_or_else(|| wrong("true or false"));
+        let rules = &mut model.rules;
         match key.get_ref().as_ref() {
             "keep_alive" => {
                 let said = words(value).and_then(|text| api::keep_alive::parse_text(&text).ok());
                 let said = said.flatten().ok_or_else(|| wrong("seconds or a duration such as 5m"));
                 model.keep_alive = Some(said?);
+                rules.keep_alive = model.keep_alive;
             }
-            "preload" => {
-                let said = value.get_ref().as_bool();
-                model.preload = said.ok_or_else(|| wrong("true or false"))?;
+            "preload" => model.preload = is_on()?,
+            "pin" => rules.pinned = is_on()?,
+            "slots" => rules.slots = Some(positive(value).ok_or_else(|| wrong(POSITIVE))?),
+            "context" => rules.context = Some(positive(value).ok_or_else(|| wrong(POSITIVE))?),
+            "max_queue" => {
+                let said: u32 = positive(value).ok_or_else(|| wrong(POSITIVE))?;
+                rules.max_queue = Some(said as usize);
+            }
+            "priority" => {
+                let said = words(value).and_then(|text| text.parse().ok());
+                rules.priority = said.ok_or_else(|| wrong("a number from -128 to 127"))?;
+            }
+            "group" => {
+                let said = value.get_ref().as_str().ok_or_else(|| wrong("a word in quotes"))?;
+                rules.group = Some(said.to_owned());
+            }
+            "excludes" => {
+                let said = words(value).ok_or_else(|| wrong("a list of names"))?;
+                let names = said.split(',').map(str::trim).filter(|name| !name.is_empty());
+                rules.excludes = names.map(str::to_owned).collect();
             }
             _ => return Err(unknown(key, MODEL_KEYS.into_iter())),
         }
     }
     Ok(model)
+}
+
+/// What a count of a model's table must be.
+const POSITIVE: &str = "a number above 0";
+
+fn positive(value: &Spanned<DeValue<'_>>) -> Option<u32> {
+    words(value).and_then(|text| text.parse().ok()).filter(|&n| n > 0)
 }

@@ -196,7 +196,9 @@ fn a_file_that_says_what_is_no_setting_is_refused_with_its_line() {
         ("[model.\"a b c\"]", 1, "no model's name"),
         ("[model.m]\npreload = 1", 2, "preload of the model 'm:latest' must be true or false"),
         ("[model.m]\nkeep_alive = \"soon\"", 2, "must be seconds or a duration"),
-        ("[model.m]\npin = true\n", 2, "there is no setting 'pin'"),
+        ("[model.m]\npinn = true\n", 2, "there is no setting 'pinn'"),
+        ("[model.m]\nslots = 0", 2, "slots of the model 'm:latest' must be a number above 0"),
+        ("[model.m]\npriority = 200", 2, "must be a number from -128 to 127"),
         ("[model.m]\n[model.M]", 2, "two tables for the model"),
         ("model = 5", 1, "write a model as a table"),
     ] {
@@ -243,6 +245,9 @@ fn what_is_read_again_changes_what_may_and_says_what_waits() {
     assert_eq!(config.keep_alive, KeepAlive::For(Duration::from_secs(90)));
     assert_eq!((config.slots, config.quota, config.models.len()), (3, None, 1));
     assert_eq!(source(&config, "keep_alive"), "file, line 2");
+    write("slots = 3\n[model.m]\npin = true\n");
+    let again = config.again().expect("valid");
+    assert_eq!((again.changed, again.at_start), (vec!["keep_alive", "model"], vec!["model"]));
     write("slots = \n");
     assert!(config.again().expect_err("refused").to_string().contains("line 1"));
 }
@@ -307,4 +312,20 @@ fn a_value_that_cannot_be_meant_names_its_setting() {
     }
     let secret = load(&Given::default(), &[("HOME", "/u"), ("V4_PEERS", "v4-x@box")]);
     assert!(!secret.expect_err("refused").to_string().contains("v4-x"));
+}
+
+#[test]
+fn a_models_table_is_what_the_supervisor_is_told() {
+    let text = "[model.\"qwen3:8b\"]\npin = true\nslots = 4\ncontext = 1024\nmax_queue = 7\n\
+                priority = -1\ngroup = \"code\"\nexcludes = [\"a\", \"b*\"]\nkeep_alive = 60";
+    let (_home, config) = with_file(text, &[]);
+    let table = config.expect("a good file").model_rules();
+    let rules = table.of("qwen3:8b");
+    assert_eq!((rules.pinned, rules.slots, rules.context), (true, Some(4), Some(1024)));
+    assert_eq!((rules.max_queue, rules.priority), (Some(7), -1));
+    assert_eq!(
+        (rules.group.as_deref(), rules.excludes.join(" ")),
+        (Some("code"), "a b*".to_owned())
+    );
+    assert_eq!(rules.keep_alive, Some(KeepAlive::For(Duration::from_mins(1))));
 }
