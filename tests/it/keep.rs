@@ -232,6 +232,22 @@ fn a_quota_refuses_what_is_too_much_or_makes_room() {
     assert!(!list.success().contains("old:latest") && list.success().contains("me/new"));
 }
 
+#[test]
+fn the_store_of_another_is_read_in_place_until_it_is_no_more_wanted() {
+    let (home, other) = (Home::new(), Home::new());
+    let weights = other.put_golden("theirs", TINY);
+    let theirs = other.path().display().to_string();
+    let _daemon = Daemon::start(&home);
+    let v4 = |args: &[&str]| run(&mut v4(&home, args), "");
+    v4(&["roots", "add", &theirs]).success();
+    assert!(v4(&["roots"]).success().contains(&theirs));
+    assert!(v4(&["list"]).success().contains("theirs:latest"));
+    assert!(!home.blob(&weights).exists(), "nothing is copied");
+    v4(&["roots", "remove", &theirs]).success();
+    assert!(!v4(&["list"]).success().contains("theirs:latest"));
+    assert!(other.blob(&weights).exists(), "nor is anything removed there");
+}
+
 /// The models of a lock file that are here need no source, and another version is refused.
 #[test]
 fn a_lock_holds_and_asks_nobody_for_what_is_here() {

@@ -18,12 +18,22 @@ use crate::{human, output};
 /// Face has is not fetched again. Nothing in them is changed.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    #[command(subcommand)]
+    change: Option<Change>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Change {
     /// Read this one too, for example ~/.ollama/models or ~/.cache/huggingface/hub
-    #[arg(long, value_name = "PATH", group = "change")]
-    add: Option<PathBuf>,
+    Add {
+        /// The folder
+        path: PathBuf,
+    },
     /// Read this one no more
-    #[arg(long, value_name = "PATH", group = "change")]
-    remove: Option<PathBuf>,
+    Remove {
+        /// The folder
+        path: PathBuf,
+    },
 }
 
 /// Where others keep theirs, below the home directory.
@@ -31,16 +41,20 @@ const USUAL: [&str; 2] = [".ollama/models", ".cache/huggingface/hub"];
 
 pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
     let client = Client::new(Place::find(world.variable)?, IfAbsent::Start);
-    let absolute = |path: &PathBuf| {
-        std::path::absolute(path)
-            .map_err(|source| Failure::System { what: "tell the current folder", source })
+    let order = match &args.change {
+        None => None,
+        Some(Change::Add { path }) => Some(("add", path)),
+        Some(Change::Remove { path }) => Some(("remove", path)),
     };
-    let add = args.add.as_ref().map(absolute).transpose()?;
-    let remove = args.remove.as_ref().map(absolute).transpose()?;
+    let order = order.map(|(change, path)| {
+        let path = std::path::absolute(path)
+            .map_err(|source| Failure::System { what: "tell the current folder", source })?;
+        Ok::<Value, Failure>(json!({ change: path }))
+    });
+    let order = order.transpose()?;
     client::runtime()?.block_on(async {
-        if add.is_some() || remove.is_some() {
-            let order = json!({ "add": add, "remove": remove });
-            return client.call(Method::POST, "/api/roots", Some(&order)).await.map(drop);
+        if let Some(order) = &order {
+            return client.call(Method::POST, "/api/roots", Some(order)).await.map(drop);
         }
         let answer = client.call(Method::GET, "/api/roots", None).await?;
         output::print(&table(&answer))?;
@@ -49,7 +63,7 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
             let text = found.display().to_string();
             let is_known = rows(&answer).any(|root| root["path"] == text.as_str());
             if !is_known && files::kind(&found) == Some(Kind::Folder) {
-                output::note(&format!("found {text}; read it with `v4 roots --add {text}`"));
+                output::note(&format!("found {text}; read it with `v4 roots add {text}`"));
             }
         }
         Ok(())

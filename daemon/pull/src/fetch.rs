@@ -518,7 +518,7 @@ fn note_origin(store: &Store, recipe: &Recipe, got: &[Got], manifest: &Digest) {
     let origin = json!({
         "from": recipe.origin.from,
         "revision": recipe.origin.revision,
-        "license": recipe.origin.license,
+        "license": recipe.license(),
         "signed_with": recipe.origin.signature,
         "pulled_at": since.as_secs(),
         "files": recipe.files.iter().zip(got).map(file).collect::<Vec<_>>(),

@@ -26,6 +26,15 @@ pub struct Recipe {
     pub origin: Origin,
 }
 
+impl Recipe {
+    /// The licence: what its source says, else how the text of one begins that comes along.
+    pub fn license(&self) -> Option<&str> {
+        let mut texts = self.texts.iter().filter(|(role, ..)| *role == Role::License);
+        let first = || texts.next().and_then(|(_, _, text)| text.trim().lines().next());
+        self.origin.license.as_deref().or_else(first)
+    }
+}
+
 /// Where a model comes from, as far as that is more than the names of its sources.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Origin {
@@ -283,6 +292,23 @@ impl FromStr for Location {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_licence_is_what_the_source_says_or_what_comes_along() {
+        let text = |role, text: &str| (role, String::new(), text.to_owned());
+        let mut recipe = Recipe {
+            name: "m".parse().unwrap(),
+            files: Vec::new(),
+            texts: vec![text(Role::System, "a"), text(Role::License, "\nApache 2.0\nmore")],
+            manifest: None,
+            origin: Origin::default(),
+        };
+        assert_eq!(recipe.license(), Some("Apache 2.0"));
+        recipe.origin.license = Some("mit".to_owned());
+        assert_eq!(recipe.license(), Some("mit"));
+        recipe = Recipe { texts: Vec::new(), origin: Origin::default(), ..recipe };
+        assert_eq!(recipe.license(), None);
+    }
 
     #[test]
     fn locations_are_read_and_written() {

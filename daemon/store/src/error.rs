@@ -109,7 +109,7 @@ pub enum StoreError {
     /// A name of another program's store, which is only read here.
     #[error(
         "'{name}' lies in the store of another program; remove it there, or forget that store with \
-         `v4 roots --remove PATH`"
+         `v4 roots remove PATH`"
     )]
     ReadOnly {
         /// Which.

@@ -37,7 +37,7 @@ pub fn debug(text: &str) -> String {
 
 /// What Ollama knows and v4 has no use for, and why.
 pub const WITHOUT_USE: &[(&str, &str)] = &[
-    ("OLLAMA_MODELS", "v4 writes to V4_HOME; `v4 roots --add FOLDER` reads Ollama's in place"),
+    ("OLLAMA_MODELS", "v4 writes to V4_HOME; `v4 roots add FOLDER` reads Ollama's in place"),
     ("OLLAMA_MAX_LOADED_MODELS", "v4 counts bytes, not models: V4_MEMORY bounds them"),
     ("OLLAMA_LOAD_TIMEOUT", "a load that makes no progress for two minutes is given up"),
     ("OLLAMA_FLASH_ATTENTION", "there is one attention, which is of that kind"),
