@@ -15,6 +15,7 @@ use v4_proto::Digest;
 use v4_tests::daemon::Daemon;
 use v4_tests::home::{Home, digest, file_digest, noise};
 use v4_tests::process::{until, v4};
+use v4_tests::random::Random;
 use v4_tests::registry::OneModel;
 
 /// How many kills; not said is a few.
@@ -28,24 +29,6 @@ const PART: usize = 8 << 20;
 const ORPHANS: (u64, usize) = (12, 1 << 20);
 /// Bytes a second of a pull that is to be hit in the middle.
 const RATE: u64 = 60 << 20;
-
-/// A number below another, from a seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound.max(1)
-    }
-
-    /// A moment within a time.
-    fn within(&mut self, time: Duration) -> Duration {
-        let micros = u64::try_from(time.as_micros()).expect("a short time");
-        Duration::from_micros(self.below(micros))
-    }
-}
 
 /// A daemon in this home.
 fn start(home: &Home) -> Daemon<'_> {
@@ -75,7 +58,7 @@ impl Soak {
         let home = Home::new();
         let keeper = home.put_golden("keeper", "llama-q4_0.gguf");
         let registry = OneModel::new(&noise(SIZE));
-        let random = Random(0x2545_f491_4f6c_dd1d);
+        let random = Random::new(0x2545_f491_4f6c_dd1d);
         Self { home, registry, random, keeper, n_kills: 0, known: 0, worst: 0 }
     }
 

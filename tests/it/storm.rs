@@ -4,7 +4,6 @@
 //!
 //! `cargo xtask soak serve --minutes 30` does for longer what the test does for seconds.
 
-use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,6 +14,7 @@ use v4_proto::Digest;
 use v4_tests::daemon::Daemon;
 use v4_tests::home::Home;
 use v4_tests::process::{self, until};
+use v4_tests::random::Random;
 
 /// How long; not said is a few seconds.
 const SECONDS: &str = "V4_STORM_SECONDS";
@@ -28,18 +28,6 @@ const KILL_EVERY: Duration = Duration::from_secs(110);
 const LONG: Duration = Duration::from_mins(5);
 /// How much more memory the daemon may have at the end than after a fifth of the time.
 const GROWTH: f64 = 1.02;
-
-/// A number below another, from a seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 /// How requests ended.
 #[derive(Debug, Default)]
@@ -65,7 +53,7 @@ fn a_storm_of_requests_loses_none_and_leaves_nothing_behind() {
         for seed in 0..CLIENTS {
             let (daemon, is_over, ends) = (&daemon, &is_over, &ends);
             scope.spawn(move || {
-                let mut random = Random(seed * 0x9e37_79b9 + 1);
+                let mut random = Random::new(seed * 0x9e37_79b9 + 1);
                 while !is_over.load(Relaxed) {
                     ask(daemon, &mut random, ends);
                 }
@@ -146,8 +134,5 @@ fn is_quiet(daemon: &Daemon) -> bool {
 
 /// MB of a process that are in memory.
 fn resident(pid: u32) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the daemon runs");
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-    kib.expect("Linux says it") * 1024.0 / 1e6
+    process::memory(pid, "VmRSS").expect("the daemon runs") as f64 / 1e6
 }

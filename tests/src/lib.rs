@@ -20,6 +20,7 @@ pub mod home;
 pub mod http;
 pub mod index;
 pub mod process;
+pub mod random;
 pub mod registry;
 pub mod wheel;
 

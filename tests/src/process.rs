@@ -137,6 +137,13 @@ pub fn children(parent: u32) -> Vec<u32> {
     pids.filter(is_child).collect()
 }
 
+/// Bytes of an entry of a process' `/proc/PID/status`, such as `VmRSS`; `None` once it has ended.
+pub fn memory(pid: u32, entry: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(entry)?.strip_prefix(':'))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
 /// The runner among the children of `daemon` that has this blob mapped.
 pub fn runner(daemon: u32, weights: &Digest) -> Option<u32> {
     children(daemon).into_iter().find(|pid| {

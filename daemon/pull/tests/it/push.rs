@@ -161,6 +161,42 @@ async fn a_chunk_that_breaks_off_is_sent_again_from_where_the_registry_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_blob_that_another_repository_has_is_mounted_and_else_sent() {
+    let weights = bytes(1000);
+    let mount = format!("/v2/me/tiny/blobs/uploads/?mount={}&from=library/base", sha256(&weights));
+    for knows_it in [true, false] {
+        let world = World::new();
+        let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let (noted, wanted) = (Arc::clone(&seen), mount.clone());
+        let server = Server::start(move |request| {
+            noted.lock().unwrap().push(format!("{} {}", request.method, request.path));
+            match (request.method.as_str(), request.path.as_str()) {
+                ("HEAD", _) => Reply::new(404, ""),
+                ("POST", path) if knows_it && path == wanted => Reply::new(201, ""),
+                ("POST" | "PATCH", _) => {
+                    Reply::new(202, "").header("Location", "/v2/me/tiny/blobs/uploads/1")
+                }
+                _ => Reply::new(201, ""),
+            }
+        });
+        let model = format!("{}/me/tiny", server.url().strip_prefix("http://").unwrap());
+        stock(&world.store, &model, &weights);
+        let mut layer = Layer::new(Role::Model.media_type(), sha256(&weights), 1000);
+        layer.extra.insert("from".to_owned(), "library/base".into());
+        let config = Layer::new(CONFIG_TYPE, sha256(b"{}"), 2);
+        let manifest = Manifest::new(config, vec![layer]).encode();
+        world.store.put_manifest(&name(&model), &manifest).unwrap();
+        let progress = push(&world, &model).await;
+        assert!(matches!(progress.stage, Stage::Done { .. }), "{progress:?}");
+        let seen = seen.lock().unwrap();
+        assert!(seen.contains(&format!("POST {mount}")), "{seen:?}");
+        // The config has no such place, so it is sent in any case.
+        let n_sent = seen.iter().filter(|line| line.starts_with("PATCH ")).count();
+        assert_eq!(n_sent, if knows_it { 1 } else { 2 }, "{seen:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_push_to_ollamas_registry_is_opened_by_its_users_key() {
     use base64::{Engine as _, prelude::BASE64_STANDARD};
     use ring::signature::{ED25519, UnparsedPublicKey};

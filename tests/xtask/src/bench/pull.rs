@@ -78,7 +78,7 @@ impl Drop for Folder {
 }
 
 /// A child that is killed when this is dropped.
-struct Process(Child);
+pub struct Process(pub Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -448,9 +448,6 @@ fn cpu_seconds(pid: u32) -> Result<f64, String> {
 
 /// Bytes of an entry of a process' `status`.
 fn status(pid: u32, name: &str) -> Result<f64, String> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).map_err(|error| error.to_string())?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-    kib.map(|kib| kib * 1024.0).ok_or_else(|| format!("{path} has no {name}"))
+    let bytes = v4_tests::process::memory(pid, name).map(|bytes| bytes as f64);
+    bytes.ok_or_else(|| format!("the daemon has ended, or its status has no {name}"))
 }

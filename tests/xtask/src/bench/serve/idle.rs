@@ -1,9 +1,9 @@
 //! Connections that have asked something once and ask nothing now.
 
-use std::fs;
 use std::io::{Read as _, Write as _};
 
 use serde_json::json;
+use v4_tests::process::memory;
 
 use super::Args;
 use super::server::{kept_home, start};
@@ -50,9 +50,5 @@ pub fn run(args: &Args) -> Result<(), String> {
 
 /// Bytes of a process that are in memory.
 fn resident(pid: u32) -> Result<f64, String> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-    kib.map(|kib| kib * 1024.0).ok_or_else(|| format!("{path} has no VmRSS"))
+    memory(pid, "VmRSS").map(|bytes| bytes as f64).ok_or_else(|| "the daemon has ended".to_owned())
 }

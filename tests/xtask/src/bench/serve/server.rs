@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -12,6 +12,7 @@ use v4_tests::home::Home;
 use v4_tests::http::Address;
 
 use super::ask::{Asked, Dialect};
+use crate::bench::pull::Process;
 
 /// Who serves.
 #[derive(Debug, Clone)]
@@ -38,16 +39,6 @@ pub struct Server {
     pub asked: Asked,
     /// What ends it.
     _running: Box<dyn std::any::Any>,
-}
-
-/// A child that is killed when this is dropped.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// What a server may take to come up.
@@ -136,7 +127,7 @@ fn llama(
         .stdout(Stdio::null())
         .stderr(errors()?)
         .spawn();
-    let mut running = Killed(child.map_err(|error| format!("llama-server: {error}"))?);
+    let mut running = Process(child.map_err(|error| format!("llama-server: {error}"))?);
     let address = Address::Tcp(format!("127.0.0.1:{port}"));
     let end = Instant::now() + START;
     while !(address.connect().is_ok() && address.get("/health").status == 200) {
