@@ -161,6 +161,7 @@ impl Engine {
         let loads = self.loads();
         let budget = schedule::budget(&loads, &self.pace);
         let plan = schedule::next(budget, &loads, self.available());
+        let step = schedule::Step::of(&plan, &loads);
         for _ in 0..plan.preempt {
             self.preempt(self.running.len() - 1);
         }
@@ -173,7 +174,7 @@ impl Engine {
             Err(error) => return Err(error),
         }
         self.steps += 1;
-        self.measure(&plan, began.elapsed());
+        self.measure(step, began.elapsed());
         self.publish();
         self.save(limits::SAVE_STEP_BLOCKS);
         Ok(!self.is_idle())
@@ -365,10 +366,9 @@ impl Engine {
 
     /// Learns how fast prompts are read, from steps that mostly do that, and what rows cost, from
     /// those that only write.
-    fn measure(&mut self, plan: &Plan, took: Duration) {
-        let n: usize = plan.tokens.iter().filter(|&&n| n > 1).sum();
-        self.pace.measure(n, took);
-        if n == 0 {
+    fn measure(&mut self, step: schedule::Step, took: Duration) {
+        self.pace.measure(step, took);
+        if step.read == 0 {
             self.drafting.cost.measure(self.rows.tokens.len(), took.as_secs_f64());
         }
     }
