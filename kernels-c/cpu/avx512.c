@@ -73,12 +73,15 @@ struct walk {
     uint8_t padded[LANES][CHUNK_BYTES];
 };
 
-/* A chunk: where its first row is, how far apart rows are, its groups. */
+/* A chunk: where its first row is, how far apart rows are, its groups; and those of the chunk after
+ * it whose scattered numbers are still to be copied. */
 struct chunk {
     const uint8_t *at;
     size_t stride;
     int groups;
+    size_t groups_later;
     const struct scattered *scattered;
+    struct scattered *later;
 };
 
 ALWAYS_INLINE int chunk_groups(size_t groups, size_t first)
@@ -96,35 +99,57 @@ static __attribute__((noinline)) void pad_rows(const struct rows *rows, size_t a
     }
 }
 
-/* Opens the chunk of the groups from `first`, of all `groups`. What lies scattered is fetched a
- * chunk ahead, since a vector that is loaded right after its elements were stored waits. */
+/* Copies what lies scattered in a chunk of n groups. */
+ALWAYS_INLINE void scatter_all(const uint8_t *at, size_t stride, int n, struct format f,
+                               struct scattered *to)
+{
+    for (int b = 0; b < n / f.block_groups; b++) {
+        f.scatter(at, stride, b, to);
+    }
+}
+
+/* Before the first chunk of sixteen rows is opened. */
+ALWAYS_INLINE void start_walk(const struct rows *rows, size_t groups, struct format f,
+                              struct walk *walk)
+{
+    if (rows->n == LANES) {
+        scatter_all(rows->start, rows->stride, chunk_groups(groups, 0), f, &walk->scattered[0]);
+    }
+}
+
+/* Opens the chunk of the groups from `first`, of all `groups`. */
 ALWAYS_INLINE struct chunk open_chunk(const struct rows *rows, size_t groups, size_t first,
                                       struct format f, struct walk *walk)
 {
     const size_t block_groups = (size_t)f.block_groups, block_bytes = (size_t)f.block_bytes;
-    const size_t at = first / block_groups * block_bytes;
-    const size_t bytes = CHUNK_GROUPS / block_groups * block_bytes;
     const size_t index = first / CHUNK_GROUPS % 2;
     struct scattered *const now = &walk->scattered[index];
-    struct scattered *const later = &walk->scattered[1 - index];
-    const size_t n = (size_t)chunk_groups(groups, first);
-    struct chunk c = {rows->start + at, rows->stride, (int)n, now};
+    const int n = chunk_groups(groups, first);
+    struct chunk c = {rows->start + first / block_groups * block_bytes,
+                      rows->stride, n, 0, now, &walk->scattered[1 - index]};
     if (rows->n < LANES) {
-        pad_rows(rows, at, n / block_groups * block_bytes, walk->padded);
+        const size_t bytes = (size_t)n / block_groups * block_bytes;
+        pad_rows(rows, first / block_groups * block_bytes, bytes, walk->padded);
         c.at = walk->padded[0];
         c.stride = CHUNK_BYTES;
-        f.scatter(c.at, c.stride, c.groups, now);
-    } else {
-        if (first == 0) {
-            f.scatter(c.at, c.stride, c.groups, now);
-        }
-        if (groups - first > CHUNK_GROUPS) {
-            const int groups_later = chunk_groups(groups, first + CHUNK_GROUPS);
-            f.scatter(c.at + bytes, c.stride, groups_later, later);
-        }
+        scatter_all(c.at, c.stride, n, f, now);
+    } else if (groups - first > CHUNK_GROUPS) {
+        c.groups_later = (size_t)chunk_groups(groups, first + CHUNK_GROUPS);
     }
-    f.scales(c.at, c.stride, c.groups, now, &walk->room);
+    f.scales(c.at, c.stride, n, now, &walk->room);
     return c;
+}
+
+/* Copies what lies scattered in a unit of the chunk after c. A chunk ahead, since a vector that is
+ * loaded right after its elements were stored waits; a unit at a time, so that loads and stores go
+ * beside the arithmetic. */
+ALWAYS_INLINE void scatter_later(const struct chunk *c, int unit, struct format f)
+{
+    const int g = f.unit * unit;
+    if (g % f.block_groups == 0 && (size_t)g < c->groups_later) {
+        const size_t bytes = (size_t)(CHUNK_GROUPS / f.block_groups * f.block_bytes);
+        f.scatter(c->at + bytes, c->stride, g / f.block_groups, c->later);
+    }
 }
 
 /* ---- products straight from blocks ----------------------------------------------------------- */
@@ -159,24 +184,48 @@ struct token {
     const int16_t *sum;
 };
 
-/* Adds the products of a scale group, pair p of group k of the unit, with n tokens. */
+/* dot plus the products of each element's four codes with the four activations. Where `fused`, the
+ * multiplication fetches those itself; the compiler always has an instruction of its own for it. */
+ALWAYS_INLINE __m512i multiply_four(__m512i dot, __m512i codes, const int8_t *four, int fused)
+{
+    if (!fused) {
+        int32_t word;
+        memcpy(&word, four, sizeof word);
+        return _mm512_dpbusd_epi32(dot, codes, _mm512_set1_epi32(word));
+    }
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+            : "+v"(dot)
+            : "v"(codes), "m"(*(const int8_t(*)[4])(const void *)four));
+    return dot;
+}
+
+/* Adds the products of a scale group, pair p of group k of the unit, with n tokens. Of few tokens a
+ * second sum takes half, since each product waits for the one before it. */
 ALWAYS_INLINE void multiply_codes(const __m512i raw[RAW_VECTORS], int k, int p,
                                   const struct token *tokens, size_t group, int n, struct format f,
                                   __m512i *dot)
 {
+    const int halves = n <= 2 && !f.pairs, fused = n > 1 && !f.pairs;
+    const int n_codes = f.pairs ? CODE_VECTORS / 2 : CODE_VECTORS;
+    __m512i second[V4_GEMV_TOKENS];
     UNROLL
-    for (int i = 0; i < CODE_VECTORS; i++) {
+    for (int i = 0; i < n_codes; i++) {
         const int j = i + 4 * p;
-        if (f.pairs && i == CODE_VECTORS / 2) {
-            break;
-        }
         const __m512i codes = f.code(raw, k, j);
         UNROLL
         for (int t = 0; t < n; t++) {
-            int32_t four;
-            memcpy(&four, tokens[t].q + V4_ACT_GROUP * group + 4 * (size_t)j, sizeof four);
-            dot[t] = _mm512_dpbusd_epi32(dot[t], codes, _mm512_set1_epi32(four));
+            const int8_t *four = tokens[t].q + V4_ACT_GROUP * group + 4 * (size_t)j;
+            if (halves && i >= CODE_VECTORS / 2) {
+                const __m512i sum = i > CODE_VECTORS / 2 ? second[t] : _mm512_setzero_si512();
+                second[t] = multiply_four(sum, codes, four, fused);
+            } else {
+                dot[t] = multiply_four(dot[t], codes, four, fused);
+            }
         }
+    }
+    UNROLL
+    for (int t = 0; halves && t < n; t++) {
+        dot[t] = _mm512_add_epi32(dot[t], second[t]);
     }
 }
 
@@ -256,6 +305,7 @@ ALWAYS_INLINE void gemv_tile(const struct rows *rows, const struct v4_act *x, in
                                    x->sum + token * (x->cols / V4_SUM_GROUP)};
         acc[t] = _mm512_setzero_ps();
     }
+    start_walk(rows, groups, f, &walk);
     ROLLED
     for (size_t first = 0; first < groups; first += CHUNK_GROUPS) {
         struct sums sums[V4_GEMV_TOKENS];
@@ -271,6 +321,7 @@ ALWAYS_INLINE void gemv_tile(const struct rows *rows, const struct v4_act *x, in
             ahead = fetch(ahead, rows->stride, LANES * f.unit / CHUNK_GROUPS,
                           (size_t)(CHUNK_GROUPS / f.block_groups * f.block_bytes));
             f.raw(c.at, c.stride, unit, c.scattered, &walk.room, raw);
+            scatter_later(&c, unit, f);
             UNROLL
             for (int k = 0; k < f.unit; k++) {
                 multiply_group(raw, &walk.room.scales, tokens, sums, first, f.unit * unit + k, k, n,
@@ -366,6 +417,7 @@ ALWAYS_INLINE void panel_blocks(const void *w, size_t row_bytes, size_t n_rows, 
         const size_t left = n_rows - first_row;
         const struct rows rows = {(const uint8_t *)w + first_row * row_bytes, row_bytes,
                                   left < LANES ? left : LANES};
+        start_walk(&rows, groups, f, &walk);
         ROLLED
         for (size_t first = 0; first < groups; first += CHUNK_GROUPS) {
             const struct chunk c = open_chunk(&rows, groups, first, f, &walk);
@@ -373,6 +425,7 @@ ALWAYS_INLINE void panel_blocks(const void *w, size_t row_bytes, size_t n_rows, 
             for (int unit = 0; unit < c.groups / f.unit; unit++) {
                 __m512i raw[RAW_VECTORS];
                 f.raw(c.at, c.stride, unit, c.scattered, &walk.room, raw);
+                scatter_later(&c, unit, f);
                 UNROLL
                 for (int k = 0; k < f.unit; k++) {
                     const int g = f.unit * unit + k;

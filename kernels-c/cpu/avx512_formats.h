@@ -51,7 +51,8 @@ enum { RAW_VECTORS = 24 };
 
 /* The functions of a format. `p` is the chunk in the first row; rows are `stride` bytes apart.
  * Everything is constant where it is used, so nothing is called. */
-typedef void scatter_fn(const uint8_t *p, size_t stride, int groups, struct scattered *to);
+/* Copies what lies scattered in block b. */
+typedef void scatter_fn(const uint8_t *p, size_t stride, int b, struct scattered *to);
 typedef void scales_fn(const uint8_t *p, size_t stride, int groups, const struct scattered *from,
                        struct room *to);
 typedef void raw_fn(const uint8_t *p, size_t stride, int unit, const struct scattered *from,
@@ -93,12 +94,13 @@ ALWAYS_INLINE __m512i four_places(const uint8_t *p0, const uint8_t *p1, const ui
 /* Sixteen bytes of sixteen rows: v[j] has bytes 4 j .. 4 j + 3 of each. */
 ALWAYS_INLINE void turn_16(const uint8_t *p, size_t stride, __m512i v[4])
 {
+    size_t three = 3 * stride;
     /* Or else the compiler keeps sixteen addresses from one unit to the next, most of them in
-     * vectors, and to fetch one takes a turn of a port that multiplies. */
-    __asm__("" : "+r"(p), "+r"(stride));
+     * vectors and masks, and to fetch one takes a turn of a port that multiplies. */
+    __asm__("" : "+r"(p), "+r"(stride), "+r"(three));
     const uint8_t *const p4 = p + 4 * stride, *const p8 = p4 + 4 * stride;
-    const uint8_t *const p12 = p8 + 4 * stride;
-    const size_t two = 2 * stride, three = 3 * stride;
+    const uint8_t *const p12 = p4 + 8 * stride;
+    const size_t two = 2 * stride;
     const __m512i a = four_places(p, p4, p8, p12);
     const __m512i b = four_places(p + stride, p4 + stride, p8 + stride, p12 + stride);
     const __m512i c = four_places(p + two, p4 + two, p8 + two, p12 + two);
@@ -202,31 +204,20 @@ ALWAYS_INLINE __m512 times(__m512 d, __m512i integers)
 }
 
 /* Copies a number of `bytes` bytes at `at` of each block, `size` bytes apart, of sixteen rows. */
-#define SCATTER(name, type, to_field, at, size, n)                                                \
-    ALWAYS_INLINE void name##_one(const uint8_t *p, int b, int r, struct scattered *to)           \
+#define SCATTER(name, type, to_field, at, size)                                                   \
+    ALWAYS_INLINE void name(const uint8_t *p, size_t stride, int b, struct scattered *to)         \
     {                                                                                             \
-        type value;                                                                               \
-        memcpy(&value, p + b * (size) + (at), sizeof value);                                      \
-        /* Or else the compiler makes vectors of several, which is slower. */                     \
-        __asm__("" : "+r"(value));                                                                \
-        to->to_field[b][r] = value;                                                               \
-    }                                                                                             \
-                                                                                                  \
-    ALWAYS_INLINE void name(const uint8_t *p, size_t stride, int n_blocks, struct scattered *to)  \
-    {                                                                                             \
-        if (n_blocks == (n)) {                                                                    \
-            for (int r = 0; r < LANES; r++, p += stride) {                                        \
-                UNROLL                                                                            \
-                for (int b = 0; b < (n); b++) {                                                   \
-                    name##_one(p, b, r, to);                                                      \
-                }                                                                                 \
-            }                                                                                     \
-            return;                                                                               \
-        }                                                                                         \
-        for (int r = 0; r < LANES; r++, p += stride) {                                            \
-            for (int b = 0; b < n_blocks; b++) {                                                  \
-                name##_one(p, b, r, to);                                                          \
-            }                                                                                     \
+        const uint8_t *from = p + (size_t)b * (size) + (at);                                      \
+        size_t three = 3 * stride;                                                                \
+        __asm__("" : "+r"(from), "+r"(stride), "+r"(three));                                      \
+        UNROLL                                                                                    \
+        for (size_t r = 0; r < LANES; r++) {                                                      \
+            type value;                                                                           \
+            memcpy(&value, from + (r % 4 == 3 ? three : r % 4 * stride), sizeof value);           \
+            from += r % 4 == 3 ? 4 * stride : 0;                                                  \
+            /* Or else the compiler makes vectors of several, which is slower. */                 \
+            __asm__("" : "+r"(value));                                                            \
+            to->to_field[b][r] = value;                                                           \
         }                                                                                         \
     }
 
@@ -260,7 +251,7 @@ ALWAYS_INLINE void set_words_as_scales(int groups, const struct scattered *from,
     }
 }
 
-SCATTER(q4_0_scatter, uint16_t, halves, 0, 18, CHUNK_GROUPS)
+SCATTER(q4_0_scatter, uint16_t, halves, 0, 18)
 
 ALWAYS_INLINE void q4_0_scales(const uint8_t *p, size_t stride, int groups,
                                const struct scattered *from, struct room *to)
@@ -291,7 +282,7 @@ ALWAYS_INLINE __m512i iq4_nl_code(const __m512i raw[RAW_VECTORS], int k, int j)
     return look_up(iq4_table, nibble(raw, j));
 }
 
-SCATTER(q4_1_scatter, uint32_t, words, 0, 20, CHUNK_GROUPS)
+SCATTER(q4_1_scatter, uint32_t, words, 0, 20)
 
 ALWAYS_INLINE void q4_1_scales(const uint8_t *p, size_t stride, int groups,
                                const struct scattered *from, struct room *to)
@@ -304,13 +295,13 @@ RAW(q4_1, turn_16(p + 20 * unit + 4, stride, raw);)
 
 #define q4_1_code q4_0_code
 
-SCATTER(q5_0_halves, uint16_t, halves, 0, 22, CHUNK_GROUPS)
-SCATTER(q5_0_fifth, uint32_t, fifth, 2, 22, CHUNK_GROUPS)
+SCATTER(q5_0_halves, uint16_t, halves, 0, 22)
+SCATTER(q5_0_fifth, uint32_t, fifth, 2, 22)
 
-ALWAYS_INLINE void q5_0_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
+ALWAYS_INLINE void q5_0_scatter(const uint8_t *p, size_t stride, int b, struct scattered *to)
 {
-    q5_0_halves(p, stride, groups, to);
-    q5_0_fifth(p, stride, groups, to);
+    q5_0_halves(p, stride, b, to);
+    q5_0_fifth(p, stride, b, to);
 }
 
 #define q5_0_scales q4_0_scales
@@ -325,13 +316,13 @@ ALWAYS_INLINE __m512i q5_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
     return with_fifth(nibble(raw, j), raw[4], j);
 }
 
-SCATTER(q5_1_words, uint32_t, words, 0, 24, CHUNK_GROUPS)
-SCATTER(q5_1_fifth, uint32_t, fifth, 4, 24, CHUNK_GROUPS)
+SCATTER(q5_1_words, uint32_t, words, 0, 24)
+SCATTER(q5_1_fifth, uint32_t, fifth, 4, 24)
 
-ALWAYS_INLINE void q5_1_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
+ALWAYS_INLINE void q5_1_scatter(const uint8_t *p, size_t stride, int b, struct scattered *to)
 {
-    q5_1_words(p, stride, groups, to);
-    q5_1_fifth(p, stride, groups, to);
+    q5_1_words(p, stride, b, to);
+    q5_1_fifth(p, stride, b, to);
 }
 
 #define q5_1_scales q4_1_scales
@@ -342,7 +333,7 @@ RAW(q5_1,
 
 #define q5_1_code q5_0_code
 
-SCATTER(q8_0_scatter, uint16_t, halves, 0, 34, CHUNK_GROUPS)
+SCATTER(q8_0_scatter, uint16_t, halves, 0, 34)
 
 #define q8_0_scales q4_0_scales
 
@@ -361,7 +352,7 @@ ALWAYS_INLINE __m512i q8_0_code(const __m512i raw[RAW_VECTORS], int k, int j)
 _Alignas(16) static const int8_t e2m1_table[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                                    12, 11, 10, 9,  8,  6,  4,  0};
 
-SCATTER(mxfp4_scatter, uint8_t, bytes, 0, 17, CHUNK_GROUPS)
+SCATTER(mxfp4_scatter, uint8_t, bytes, 0, 17)
 
 /* See v4_half_of_e8m0. */
 ALWAYS_INLINE void mxfp4_scales(const uint8_t *p, size_t stride, int groups,
@@ -386,13 +377,7 @@ ALWAYS_INLINE __m512i mxfp4_code(const __m512i raw[RAW_VECTORS], int k, int j)
     return look_up(e2m1_table, nibble(raw, j));
 }
 
-SCATTER(nvfp4_words, uint32_t, words, 0, 36, CHUNK_GROUPS / 2)
-
-/* A row of an odd number of groups does not exist: a block has two. */
-ALWAYS_INLINE void nvfp4_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
-{
-    nvfp4_words(p, stride, groups / 2, to);
-}
+SCATTER(nvfp4_scatter, uint32_t, words, 0, 36)
 
 /* Two e4m3 numbers, halved, of each row: bytes `at` and `at` + 1 of its word. e4m3 as half
  * precision has the same bits, 2^8 too small; the table of the codes is doubled. */
@@ -438,9 +423,9 @@ ALWAYS_INLINE __m512i nvfp4_code(const __m512i raw[RAW_VECTORS], int k, int j)
 
 /* ---- blocks of 256 --------------------------------------------------------------------------- */
 
-ALWAYS_INLINE void no_scatter(const uint8_t *p, size_t stride, int groups, struct scattered *to)
+ALWAYS_INLINE void no_scatter(const uint8_t *p, size_t stride, int b, struct scattered *to)
 {
-    (void)p, (void)stride, (void)groups, (void)to;
+    (void)p, (void)stride, (void)b, (void)to;
 }
 
 /* Four groups from g: their s and m are the bytes of a word. */

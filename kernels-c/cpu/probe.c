@@ -95,8 +95,8 @@ __attribute__((target("avx512f,avx512bf16"))) static uint64_t bf16_avx512(uint64
 
 __attribute__((target("avx512f"))) static uint64_t f32_avx512(uint64_t rounds, int32_t *sink)
 {
-    /* acc = acc / 2 + b stays where it is. */
-    const __m512 half = _mm512_set1_ps(0.5f), b = _mm512_set1_ps((float)(*sink & 1));
+    /* acc = acc / 2 + b stays where it is; without b it would be denormal, which is slow. */
+    const __m512 half = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(1.0f + (float)(*sink & 1));
     __m512 acc[CHAINS];
     for (int k = 0; k < CHAINS; k++) {
         acc[k] = _mm512_set1_ps((float)k);
@@ -115,7 +115,7 @@ __attribute__((target("avx512f"))) static uint64_t f32_avx512(uint64_t rounds, i
 
 __attribute__((target("avx2,fma"))) static uint64_t f32_avx2(uint64_t rounds, int32_t *sink)
 {
-    const __m256 half = _mm256_set1_ps(0.5f), b = _mm256_set1_ps((float)(*sink & 1));
+    const __m256 half = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(1.0f + (float)(*sink & 1));
     __m256 acc[CHAINS];
     for (int k = 0; k < CHAINS; k++) {
         acc[k] = _mm256_set1_ps((float)k);
@@ -165,7 +165,7 @@ static uint64_t int8_plain(uint64_t rounds, int32_t *sink)
 static uint64_t f32_plain(uint64_t rounds, int32_t *sink)
 {
     enum { LANES = 48 };
-    const float b = (float)(*sink & 1);
+    const float b = 1.0f + (float)(*sink & 1);
     float acc[LANES];
     for (int k = 0; k < LANES; k++) {
         acc[k] = (float)k;
