@@ -38,6 +38,7 @@ const OTHERS: &[(&str, &[&str])] = &[
     ("sled", &["v4-store"]),
     ("minijinja", &["v4-engine"]),
     ("memmap2", &["v4-kernels"]),
+    ("libloading", &["v4-kernels"]),
     ("cc", &["v4-kernels"]),
     ("bindgen", &["xtask"]),
     ("clap", &["v4", "xtask"]),

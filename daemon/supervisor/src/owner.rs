@@ -108,6 +108,8 @@ pub(crate) struct Owner {
     clients: HashMap<AskId, Client>,
     reports: mpsc::Sender<(RunnerId, Report)>,
     reported: mpsc::Receiver<(RunnerId, Report)>,
+    /// When a runner was last asked for the machine's devices.
+    devices_at: Option<Duration>,
     /// Told when the last runner is gone.
     closers: Vec<oneshot::Sender<()>>,
     register: Arc<Register>,
@@ -140,6 +142,7 @@ impl Owner {
             clients: HashMap::new(),
             reports,
             reported,
+            devices_at: None,
             closers: Vec::new(),
             register,
         }
@@ -149,7 +152,10 @@ impl Owner {
     pub async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         self.step(Event::Tick);
         while !self.state.is_over() {
-            let deadline = self.state.next_deadline();
+            if self.next_look().is_some_and(|at| at <= self.now()) {
+                self.ask_devices();
+            }
+            let deadline = self.state.next_deadline().into_iter().chain(self.next_look()).min();
             // A keep-alive of centuries is beyond the clock, and as good as none.
             let deadline = deadline.and_then(|at| self.started.checked_add(at));
             let tick = async {
@@ -224,7 +230,13 @@ impl Owner {
 
     fn hear(&mut self, runner: RunnerId, report: Report) {
         let event = match report {
-            Report::Started => Event::Started(runner),
+            Report::Started => {
+                if !self.state.devices().is_known() {
+                    self.ask_devices();
+                }
+                Event::Started(runner)
+            }
+            Report::Devices { inventory } => Event::Devices(inventory),
             Report::Loaded { info, context, bytes } => {
                 let series = self.series(runner);
                 if let Some(linked) = self.links.get_mut(&runner) {
@@ -255,8 +267,32 @@ impl Owner {
 
     fn step(&mut self, event: Event) {
         let now = self.now();
+        let unused = self.state.devices().unused();
+        let held = self.state.gpu_bytes();
         for effect in policy::step(&mut self.state, event, now) {
             self.act(effect);
+        }
+        let still = self.state.devices().unused();
+        for sentence in still.iter().filter(|sentence| !unused.contains(sentence)) {
+            tracing::warn!("{sentence}");
+        }
+        if self.state.gpu_bytes() < held {
+            // What has just become free is not somebody else's.
+            self.ask_devices();
+        }
+    }
+
+    /// When somebody is asked again what is in use of the devices.
+    fn next_look(&self) -> Option<Duration> {
+        let last = self.devices_at.filter(|_| self.state.watches_devices())?;
+        Some(last + limits::DEVICES_POLL)
+    }
+
+    /// Asks any runner; each of them sees the same devices.
+    fn ask_devices(&mut self) {
+        if let Some(runner) = self.links.keys().copied().min() {
+            self.devices_at = Some(self.now());
+            self.tell(runner, Command::Devices);
         }
     }
 
@@ -300,7 +336,7 @@ impl Owner {
     fn load(&mut self, runner: RunnerId, model: &Arc<Model>) {
         tracing::info!(runner, model = %model.target.name, bytes = model.bytes, "load");
         let options = LoadOptions {
-            device: "cpu".into(),
+            on_gpus: self.state.on_gpus(model),
             context: model.context,
             slots: model.slots,
             threads: self.state.threads(),
@@ -436,6 +472,8 @@ impl Owner {
                     name: model.target.name.clone(),
                     digest: model.target.digest,
                     size_bytes: runner.bytes,
+                    gpu_bytes: runner.held.on_gpus(),
+                    place: self.state.place_of(model),
                     context,
                     expires: runner
                         .would_expire(now)
