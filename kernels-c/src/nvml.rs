@@ -67,25 +67,21 @@ struct Memory {
     used: u64,
 }
 
-type Plain = unsafe extern "C" fn() -> c_int;
-type Count = unsafe extern "C" fn(*mut c_uint) -> c_int;
-type ByIndex = unsafe extern "C" fn(c_uint, *mut Handle) -> c_int;
+// SAFETY: whoever calls it gives a handle of NVML's, and as much room as it says.
 type Text = unsafe extern "C" fn(Handle, *mut c_char, c_uint) -> c_int;
-type MemoryInfo = unsafe extern "C" fn(Handle, *mut Memory) -> c_int;
-type Capability = unsafe extern "C" fn(Handle, *mut c_int, *mut c_int) -> c_int;
-type ErrorString = unsafe extern "C" fn(c_int) -> *const c_char;
 
 /// The calls that are used, of a library that stays loaded as long as they do.
 struct Nvml {
-    init: Plain,
-    shutdown: Plain,
-    count: Count,
-    by_index: ByIndex,
+    // SAFETY: the types are as NVML's header declares them, and pointers are to places of theirs.
+    init: unsafe extern "C" fn() -> c_int,
+    shutdown: unsafe extern "C" fn() -> c_int,
+    count: unsafe extern "C" fn(*mut c_uint) -> c_int,
+    by_index: unsafe extern "C" fn(c_uint, *mut Handle) -> c_int,
     name: Text,
     uuid: Text,
-    memory: MemoryInfo,
-    capability: Capability,
-    error_string: ErrorString,
+    memory: unsafe extern "C" fn(Handle, *mut Memory) -> c_int,
+    capability: unsafe extern "C" fn(Handle, *mut c_int, *mut c_int) -> c_int,
+    error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     _library: Library,
 }
 

@@ -18,7 +18,7 @@
 #endif
 
 struct memory {
-    unsigned long long total, free, used;
+    unsigned long long total, left, used;
 };
 
 static const struct device {
@@ -93,7 +93,7 @@ int nvmlDeviceGetMemoryInfo(const struct device *device, struct memory *memory)
 #ifdef RUDE
     memory->used = memory->total + 1;
 #endif
-    memory->free = memory->total - memory->used;
+    memory->left = memory->total - memory->used;
     return at(6, device);
 }
 

@@ -426,6 +426,10 @@ fn c_is_leaf_code_in_short_functions() {
         for (line, length) in long_functions(&text) {
             breaches.push(format!("{path}:{line}: a function of {length} lines"));
         }
+        // A double of somebody's library is no kernel.
+        if path.starts_with("kernels-c/tests/") {
+            continue;
+        }
         for (line, what) in forbidden_in_kernels(&text) {
             breaches.push(format!("{path}:{line}: {what}"));
         }

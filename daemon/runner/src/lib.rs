@@ -143,8 +143,8 @@ fn read<B: Backend>(
     Ok(())
 }
 
-/// Asks the drivers on a thread of its own: one that has to wake its device takes a second. Who asks
-/// again meanwhile gets the answer that is on its way.
+/// Asks the drivers on a thread of its own: one that has to wake its device takes a second. Who
+/// asks again meanwhile gets the answer that is on its way.
 fn tell_devices<B: Backend>(out: &SyncSender<Out>, asked: &Arc<AtomicBool>) -> Result<(), Error> {
     if asked.swap(true, Ordering::AcqRel) {
         return Ok(());

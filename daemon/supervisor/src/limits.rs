@@ -103,6 +103,9 @@ pub const SPLIT_DEVICES: usize = 8;
 /// Between two looks at what others use of the GPUs, while a model is loaded: a person who starts
 /// another program waits for its memory this long, twice.
 pub const DEVICES_POLL: Duration = Duration::from_secs(3);
+/// What the answer to such a look gets before an ask goes on without it: a driver that has to wake
+/// its devices takes a second.
+pub const DEVICES_WAIT: Duration = Duration::from_secs(2);
 /// The share of the available memory that models may take, in percent, where the configuration does
 /// not say: the rest is for the page cache of everybody else.
 pub const MEMORY_SHARE_PERCENT: u64 = 85;

@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use v4_proto::{
-    Event as Answered, Fault, Lane, ModelInfo, ModelName,
+    Event as Answered, Fault, Inventory, Lane, ModelInfo, ModelName,
     frame::{KvDisk, KvType, LoadOptions, Precision},
 };
 use v4_store::Lease;
@@ -110,6 +110,8 @@ pub(crate) struct Owner {
     reported: mpsc::Receiver<(RunnerId, Report)>,
     /// When a runner was last asked for the machine's devices.
     devices_at: Option<Duration>,
+    /// Asks that wait for the answer.
+    parked: Vec<Ask>,
     /// Told when the last runner is gone.
     closers: Vec<oneshot::Sender<()>>,
     register: Arc<Register>,
@@ -143,6 +145,7 @@ impl Owner {
             reports,
             reported,
             devices_at: None,
+            parked: Vec::new(),
             closers: Vec::new(),
             register,
         }
@@ -155,7 +158,11 @@ impl Owner {
             if self.next_look().is_some_and(|at| at <= self.now()) {
                 self.ask_devices();
             }
-            let deadline = self.state.next_deadline().into_iter().chain(self.next_look()).min();
+            if self.parked_until().is_some_and(|at| at <= self.now()) {
+                self.unpark();
+            }
+            let looks = self.next_look().into_iter().chain(self.parked_until());
+            let deadline = self.state.next_deadline().into_iter().chain(looks).min();
             // A keep-alive of centuries is beyond the clock, and as good as none.
             let deadline = deadline.and_then(|at| self.started.checked_add(at));
             let tick = async {
@@ -186,8 +193,11 @@ impl Owner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Ask(ask) => self.ask(*ask),
-            Message::Left(ask) => self.step(Event::Left(ask)),
+            Message::Ask(ask) => self.park(*ask),
+            Message::Left(ask) => {
+                self.parked.retain(|parked| parked.id != ask);
+                self.step(Event::Left(ask));
+            }
             Message::Unload { name, reply } => {
                 let was_loaded = self.state.is_loaded(&name);
                 self.step(Event::Unload(name));
@@ -236,7 +246,7 @@ impl Owner {
                 }
                 Event::Started(runner)
             }
-            Report::Devices { inventory } => Event::Devices(inventory),
+            Report::Devices { inventory } => return self.look(inventory),
             Report::Loaded { info, context, bytes } => {
                 let series = self.series(runner);
                 if let Some(linked) = self.links.get_mut(&runner) {
@@ -267,18 +277,50 @@ impl Owner {
 
     fn step(&mut self, event: Event) {
         let now = self.now();
-        let unused = self.state.devices().unused();
         let held = self.state.gpu_bytes();
         for effect in policy::step(&mut self.state, event, now) {
             self.act(effect);
         }
-        let still = self.state.devices().unused();
-        for sentence in still.iter().filter(|sentence| !unused.contains(sentence)) {
-            tracing::warn!("{sentence}");
-        }
         if self.state.gpu_bytes() < held {
             // What has just become free is not somebody else's.
             self.ask_devices();
+        }
+    }
+
+    /// Takes over what a runner has told of the devices, then what waited for it.
+    fn look(&mut self, inventory: Inventory) {
+        let before = self.state.devices().unused();
+        self.step(Event::Devices(inventory));
+        for sentence in self.state.devices().unused() {
+            if !before.contains(&sentence) {
+                tracing::warn!("{sentence}");
+            }
+        }
+        self.unpark();
+    }
+
+    /// An ask waits for a look at devices that nobody has looked at for a while, because nothing
+    /// was loaded: what others have of them is not what it was.
+    fn park(&mut self, ask: Ask) {
+        let at = self.devices_at.unwrap_or_default();
+        let is_stale = self.state.has_choice() && self.now() >= at + limits::DEVICES_POLL;
+        if self.parked.is_empty() && is_stale && !self.links.is_empty() {
+            self.ask_devices();
+        } else if self.parked.is_empty() || self.parked.len() >= limits::MAILBOX_MESSAGES {
+            return self.ask(ask);
+        }
+        self.parked.push(ask);
+    }
+
+    /// Until when they wait at most.
+    fn parked_until(&self) -> Option<Duration> {
+        let at = self.devices_at.filter(|_| !self.parked.is_empty())?;
+        Some(at + limits::DEVICES_WAIT)
+    }
+
+    fn unpark(&mut self) {
+        for ask in std::mem::take(&mut self.parked) {
+            self.ask(ask);
         }
     }
 

@@ -514,6 +514,11 @@ async fn a_gpu_that_runners_compute_on_has_models_until_somebody_else_needs_it()
     let words: Vec<String> = why.iter().map(|(_, decision)| decision.to_string()).collect();
     let expected = "is unloaded: other programs need the memory of gpu0";
     assert!(words.iter().any(|it| it == expected), "{words:?}");
+    // While nothing is loaded nobody looks. Who asks then gets what is so now.
+    tell_of_a_gpu(folder.path(), 0, true);
+    tokio::time::sleep(limits::DEVICES_POLL + Duration::from_millis(100)).await;
+    let (text, _) = setup.tell("a", "where").await;
+    assert!(text.contains("GPU-double"), "{text}");
 }
 
 /// What the process of a model takes of the host's memory.

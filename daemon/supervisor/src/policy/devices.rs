@@ -1,5 +1,5 @@
-//! The devices that models have memory on: the host, and the GPUs that a runner has told of and that
-//! this build computes on. What others use there is theirs.
+//! The devices that models have memory on: the host, and the GPUs that a runner has told of and
+//! that this build computes on. What others use there is theirs.
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -104,6 +104,8 @@ pub struct Device {
     is_there: bool,
     /// Bytes that other programs had, in the last two inventories.
     others: [u64; 2],
+    /// Bytes that models of ours had, in the last one.
+    own: u64,
 }
 
 impl Device {
@@ -168,12 +170,15 @@ impl Devices {
         for gpu in inventory.gpus {
             let known = self.gpus.iter_mut().find(|known| known.gpu.uuid == gpu.uuid);
             if let Some(known) = known {
-                let others = gpu.used_bytes.saturating_sub(own.of(&known.id));
-                known.others = [known.others[1], others];
+                let own = own.of(&known.id);
+                let others = gpu.used_bytes.saturating_sub(own);
+                // Where nothing of ours was, nothing of it can be ending.
+                let before = if own.max(known.own) == 0 { others } else { known.others[1] };
+                (known.others, known.own) = ([before, others], own);
                 known.gpu = gpu;
             } else if self.gpus.len() < limits::DEVICES {
                 let (id, used) = (self.free_id(gpu.index), gpu.used_bytes);
-                self.gpus.push(Device { id, gpu, is_there: true, others: [used; 2] });
+                self.gpus.push(Device { id, gpu, is_there: true, others: [used; 2], own: 0 });
             }
         }
     }
@@ -283,7 +288,7 @@ impl State {
     }
 
     /// Whether a model may lie on more than the host.
-    pub(super) fn has_choice(&self) -> bool {
+    pub fn has_choice(&self) -> bool {
         self.devices.gpus.iter().any(Device::is_usable)
     }
 

@@ -244,7 +244,8 @@ fn make_room(state: &mut State, turn: &mut Turn) {
 /// What devices offer may have changed since a model was asked for: it gets the best place of now.
 /// Where there is none any more, those who wait are told.
 fn refit(state: &mut State, key: &Key, turn: &mut Turn) {
-    if !state.devices.is_known() || state.devices.all().next().is_none() {
+    // Where only the host computes, what it offers does not change.
+    if !state.devices.all().any(|device| device.gpu.can_compute) {
         return;
     }
     let Some(name) = state.names.get(key) else { return };
@@ -342,9 +343,9 @@ fn explain(
     state.history.note(own, now, Decision::Wait { missing, on, blockers });
 }
 
-/// Where models take more of a device than they may, idle ones leave, the least worth keeping first:
-/// for other programs, from a device that has gone, or because their runners took more than their
-/// headers said; of these stays the one that came last.
+/// Where models take more of a device than they may, idle ones leave, the least worth keeping
+/// first: for other programs, from a device that has gone, or because their runners took more than
+/// their headers said; of these stays the one that came last.
 fn shed(state: &mut State, turn: &mut Turn) {
     let ledger = Ledger::of(state);
     let staying = ledger.staying();

@@ -146,10 +146,10 @@ pub(super) fn may_leave(state: &State, id: RunnerId, runner: &Runner) -> bool {
         && !state.names.values().any(|name| name.next == Some(id))
 }
 
-/// Finds memory for the name `wanting`, until what is given back is `enough`, among the other names' runners, but for those that
-/// are `claimed` already: first of all its `foes`, with which it is never in memory, then idle
-/// ones first, then busy ones, then those that have a quantum, the one
-/// that ends first before the others; of each kind the least worth keeping first. All there are
+/// Finds memory for the name `wanting`, until what is given back is `enough`, among the other
+/// names' runners, but for those that are `claimed` already: first of all its `foes`, with which it
+/// is never in memory, then idle ones first, then busy ones, then those that have a quantum, the
+/// one that ends first before the others; of each kind the least worth keeping first. All there are
 /// where that is not enough.
 pub(super) fn choose(
     state: &State,

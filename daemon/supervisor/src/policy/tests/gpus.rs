@@ -178,7 +178,7 @@ fn a_gpu_is_waited_for_rather_than_half_of_it_taken() {
     let mut story = with(&[1000], &[]);
     load(&mut story, 1, "a", 600);
     ask(&mut story, 2, layered("a", 600, 0), "send 1 #2");
-    // The host has room for all of b, the rest of the GPU for some; but it is a's for a moment only.
+    // The host has room for all of b, the rest of the GPU for some; but a has it for a moment only.
     ask(&mut story, 3, layered("b", 700, 0), "");
     story.now += limits::QUANTUM_MAX;
     story.ended(1, 2, "stop 1");
@@ -238,6 +238,11 @@ fn an_idle_model_leaves_when_other_programs_need_its_device() {
     story.on(taken(450), "stop 1");
     assert_eq!(last(&story, "a"), "is unloaded: other programs need the memory of gpu0");
     story.gone(1, Cause::Left, &[], "");
+    // What others have taken meanwhile counts at once: nothing of ours was there.
+    story.on(taken(0), "");
+    story.on(told(&[gpu(0, 1000), gpu(1, 1000)]), "");
+    let used_bytes = 450 * MIB;
+    story.on(told(&[Gpu { used_bytes, ..gpu(0, 1000) }, gpu(1, 1000)]), "");
     // 550 MiB are left: what does not fit there has some layers on the host.
     ask(&mut story, 3, layered("a", 600, 0), "spawn 3");
     assert_eq!(place_of(&story, 3), "over gpu0 (8 of 10 layers), with 2 layers on the host");
