@@ -796,9 +796,15 @@ fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut
     if state.closing {
         return refuse(&mut state.history, crate::answer::gone());
     }
-    let model = match state.fit(target, hold) {
-        Ok(model) => Arc::new(model),
-        Err(fault) => return refuse(&mut state.history, fault),
+    // What is loaded lies where it lies: over many GPUs a search takes milliseconds.
+    let loaded = state.names.get(&key).filter(|name| name.runner.is_some());
+    let loaded = loaded.filter(|name| state.has_choice() && name.want.target == target);
+    let model = match loaded {
+        Some(name) => Arc::clone(&name.want),
+        None => match state.fit(target, hold) {
+            Ok(model) => Arc::new(model),
+            Err(fault) => return refuse(&mut state.history, fault),
+        },
     };
     let max_queue = state.rules.models.of(&key).max_queue.unwrap_or(state.rules.max_queue);
     let name = state.names.entry(key.clone()).or_insert_with(|| Name::new(Arc::clone(&model)));

@@ -191,6 +191,11 @@ fn over_gpus(needs: &Needs, room: &Room) -> Option<Placement> {
     if gpus.is_empty() || n_layers == 0 {
         return None;
     }
+    // What is nowhere near is not searched for.
+    let free = gpus.iter().map(|gpu| gpu.bytes).fold(room.host, u64::saturating_add);
+    if needs.in_one_place() > free {
+        return None;
+    }
     let chain = |cut: Cut| chain(needs, (gpus, room.max_gpus), cut);
     let without_experts = |layers: usize| Cut { layers, experts: n_layers - layers };
     // More on the host is never harder for the GPUs.

@@ -187,6 +187,20 @@ fn a_gpu_is_waited_for_rather_than_half_of_it_taken() {
 }
 
 #[test]
+fn what_one_waits_for_is_not_given_to_who_came_later() {
+    let mut story = with(&[1000], &[]);
+    load(&mut story, 1, "a", 600);
+    ask(&mut story, 2, layered("a", 600, 0), "send 1 #2");
+    ask(&mut story, 3, layered("b", 900, 0), "");
+    // There is room for c beside a, but not beside b, which is before it.
+    ask(&mut story, 4, layered("c", 300, 0), "");
+    story.now += limits::QUANTUM_MAX;
+    story.ended(1, 2, "stop 1");
+    story.gone(1, Cause::Left, &[], "spawn 2");
+    assert_eq!(story.state.runners[&2].model.as_ref().expect("b").bytes, 1028 * MIB);
+}
+
+#[test]
 fn a_pinned_model_keeps_its_device_and_others_are_placed_beside_it() {
     let pinned = ModelRules { pinned: true, ..on("gpu0") };
     let mut story = with(&[1000], &[("a", pinned), ("b", on("gpu0"))]);
