@@ -20,7 +20,8 @@ fn devices_of(library: &OsStr) -> Inventory {
         // Most machines: nothing to complain of.
         Err(nvml::NvmlError::NoDriver(_)) => return Inventory::default(),
         Err(error) => {
-            return Inventory { gpus: Vec::new(), complaints: vec![error.to_string()] };
+            let complaints = vec![error.to_string()];
+            return Inventory { complaints, is_blind: true, ..Inventory::default() };
         }
     };
     let mut inventory = Inventory::default();

@@ -28,4 +28,8 @@ pub struct Inventory {
     pub gpus: Vec<Gpu>,
     /// What drivers and devices complain of, a sentence each; nothing where there is no driver.
     pub complaints: Vec<String>,
+    /// Whether a driver is there and says nothing at all, as after an update of it: its devices
+    /// are no less there than before.
+    #[serde(default)]
+    pub is_blind: bool,
 }

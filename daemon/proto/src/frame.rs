@@ -431,7 +431,8 @@ mod tests {
             capability: [9, 0],
             can_compute: false,
         };
-        let inventory = Inventory { gpus: vec![gpu], complaints: vec!["it is lost".into()] };
+        let inventory =
+            Inventory { gpus: vec![gpu], complaints: vec!["it is lost".into()], is_blind: true };
         round_trip(&ToRunner::Devices);
         round_trip(&FromRunner::Devices { inventory });
     }

@@ -465,7 +465,7 @@ fn tell_of_a_gpu(folder: &std::path::Path, used_bytes: u64, can_compute: bool) {
         capability: [9, 0],
         can_compute,
     };
-    let inventory = Inventory { gpus: vec![gpu], complaints: Vec::new() };
+    let inventory = Inventory { gpus: vec![gpu], ..Inventory::default() };
     let bytes = serde_json::to_vec(&inventory).expect("encodes");
     let fresh = folder.join("fresh");
     std::fs::write(&fresh, bytes).expect("written");

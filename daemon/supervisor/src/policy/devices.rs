@@ -164,6 +164,9 @@ impl Devices {
     pub(super) fn update(&mut self, inventory: Inventory, own: &Spread) {
         self.is_known = true;
         self.complaints = inventory.complaints;
+        if inventory.is_blind {
+            return;
+        }
         for known in &mut self.gpus {
             known.is_there = inventory.gpus.iter().any(|gpu| gpu.uuid == known.gpu.uuid);
         }

@@ -20,7 +20,7 @@ fn gpu(index: u32, mib: u64) -> Gpu {
 }
 
 fn told(gpus: &[Gpu]) -> Event {
-    Event::Devices(Inventory { gpus: gpus.to_vec(), complaints: Vec::new() })
+    Event::Devices(Inventory { gpus: gpus.to_vec(), ..Inventory::default() })
 }
 
 /// With so many MiB on each of the GPUs, and 1000 on the host.
@@ -89,7 +89,7 @@ fn devices_that_nothing_computes_on_change_nothing() {
     let unable = Gpu { can_compute: false, ..gpu(0, 80_000) };
     let complaint = "gpu1: the NVIDIA driver answers to nvmlDeviceGetHandleByIndex_v2: GPU is lost";
     let complaints = vec![complaint.to_owned()];
-    story.on(Event::Devices(Inventory { gpus: vec![unable], complaints }), "");
+    story.on(Event::Devices(Inventory { gpus: vec![unable], complaints, is_blind: false }), "");
     load(&mut story, 1, "a", 600);
     assert_eq!(place_of(&story, 1), "on the host");
     assert_eq!(story.state.used_bytes(), 600 * MIB);
@@ -292,6 +292,18 @@ fn what_lies_on_a_device_that_has_gone_leaves_and_finds_another_place() {
     story.on(told(&[other, gpu(1, 1000)]), "");
     ask(&mut story, 4, layered("a", 900, 0), "spawn 3");
     assert_eq!(place_of(&story, 3), "on gpu2");
+}
+
+#[test]
+fn a_driver_that_says_nothing_takes_no_device_away() {
+    let mut story = with(&[1000], &[]);
+    load(&mut story, 1, "a", 900);
+    let complaints = vec!["the NVIDIA driver answers to nvmlInit_v2: mismatch".to_owned()];
+    let blind =
+        Inventory { complaints: complaints.clone(), is_blind: true, ..Inventory::default() };
+    story.on(Event::Devices(blind), "");
+    assert_eq!(story.state.devices().unused(), complaints);
+    ask(&mut story, 2, layered("b", 800, 0), "stop 1");
 }
 
 #[test]
