@@ -4,7 +4,7 @@
 use std::{
     io::{Read as _, Write as _},
     sync::{
-        Barrier,
+        atomic::AtomicU32,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread::JoinHandle,
@@ -49,8 +49,10 @@ impl Backend for Fake {
     type Engine = FakeEngine;
 
     fn devices() -> Inventory {
-        // The driver's answer takes until the test has asked a second time.
-        ASKED_TWICE.wait();
+        // The driver thinks until the test lets it, and answers once.
+        N_ASKED.fetch_add(1, Ordering::SeqCst);
+        let gate = THINKING.lock().expect("no panic").take();
+        let _ = gate.map(|gate| gate.recv_timeout(Duration::from_secs(10)));
         Inventory { complaints: vec!["gpu0: it is lost".into()], ..Inventory::default() }
     }
 
@@ -432,21 +434,25 @@ fn a_load_or_an_inspection_that_fails_is_fatal_with_its_own_code() {
     }
 }
 
-/// Where a fake driver waits for its test.
-static ASKED_TWICE: Barrier = Barrier::new(2);
+/// How often a fake driver was asked, and where it waits for its test.
+static N_ASKED: AtomicU32 = AtomicU32::new(0);
+static THINKING: Mutex<Option<Receiver<()>>> = Mutex::new(None);
 
 #[test]
 fn devices_are_told_while_the_driver_of_an_earlier_question_still_thinks() {
+    let (think, thinking) = sync_channel(1);
+    *THINKING.lock().expect("no panic") = Some(thinking);
     let mut daemon = Daemon::ready::<Fake>();
     daemon.send(&ToRunner::Devices);
     daemon.send(&ToRunner::Devices);
     // Neither the reader nor the engine waits for it.
     daemon.ask(1, "3");
     daemon.next_of(|message| matches!(message, FromRunner::Done { id: 1, .. }));
-    ASKED_TWICE.wait();
+    think.send(()).expect("the driver waits");
     let told = daemon.next_of(|message| matches!(message, FromRunner::Devices { .. }));
     let FromRunner::Devices { inventory } = told else { panic!("{told:?}") };
     assert_eq!(inventory.complaints, ["gpu0: it is lost"]);
+    assert_eq!(N_ASKED.load(Ordering::SeqCst), 1);
 }
 
 #[test]
