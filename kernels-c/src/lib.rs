@@ -1,7 +1,8 @@
 //! C and CUDA, and the only unsafe Rust of v4.
 //!
 //! **Owns** the quant formats, the arithmetic on them for each instruction set, the thread pool,
-//! mapped files and the [`Device`] trait that the engine's layers are written in.
+//! mapped files, the [`Device`] trait that the engine's layers are written in, and the questions to
+//! a GPU's driver.
 //!
 //! **Never** knows a model, a file format, a socket or a policy. C allocates nothing, starts no
 //! thread, does no input or output and keeps no state; Rust checks every length before C sees a
@@ -14,6 +15,7 @@ mod device;
 #[rustfmt::skip]
 mod ffi;
 pub mod map;
+pub mod nvml;
 pub mod pool;
 pub mod probe;
 pub mod quant;

@@ -12,6 +12,7 @@ mod chat;
 mod cli;
 mod config;
 mod crash;
+mod gpus;
 mod keep;
 mod metrics;
 mod peer;

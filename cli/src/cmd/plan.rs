@@ -55,10 +55,14 @@ fn text(plan: &Value) -> String {
         };
         let _ = writeln!(text, "A load takes {} ({how}).", ms(&plan["wake_ms"]));
     }
-    for device in plan["devices"].as_array().into_iter().flatten() {
-        let size = |key: &str| human::size(device[key].as_u64().unwrap_or(0));
-        let name = device["name"].as_str().unwrap_or_default();
-        let _ = writeln!(text, "{name}: {} of {} in use.", size("used_bytes"), size("budget_bytes"));
+    if let Some(place) = plan["placement"].as_str() {
+        let _ = writeln!(text, "It would lie {place}.");
+    }
+    for line in plan["devices"].as_array().into_iter().flatten().map(device) {
+        text.push_str(&line);
+    }
+    for complaint in plan["complaints"].as_array().into_iter().flatten() {
+        let _ = writeln!(text, "{}.", complaint.as_str().unwrap_or_default());
     }
     let loaded: Vec<&Value> = plan["loaded"].as_array().into_iter().flatten().collect();
     if !loaded.is_empty() {
@@ -68,11 +72,31 @@ fn text(plan: &Value) -> String {
         text.push_str(&human::table(head, &rows));
     }
     for model in loaded {
+        if let Some(place) = model["placement"].as_str() {
+            let _ = writeln!(text, "{} lies {place}.", model["model"].as_str().unwrap_or_default());
+        }
         if let Some(reason) = model["reason"].as_str() {
             let _ = writeln!(text, "\n{} {reason}.", model["model"].as_str().unwrap_or_default());
         }
     }
     text
+}
+
+/// What a device has, or why it has nothing of ours.
+fn device(device: &Value) -> String {
+    let size = |key: &str| human::size(device[key].as_u64().unwrap_or(0));
+    let mut text = device["name"].as_str().unwrap_or_default().to_owned();
+    if let Some(product) = device["product"].as_str() {
+        let _ = write!(text, " ({product})");
+    }
+    if let Some(reason) = device["reason"].as_str() {
+        return format!("{text} is not used: {reason}.\n");
+    }
+    let _ = write!(text, ": {} of {} in use", size("used_bytes"), size("budget_bytes"));
+    if device["others_bytes"].as_u64().is_some_and(|bytes| bytes > 0) {
+        let _ = write!(text, "; other programs have {}", size("others_bytes"));
+    }
+    text + ".\n"
 }
 
 fn row(model: &Value) -> [String; 8] {
@@ -112,7 +136,7 @@ mod tests {
             "model": "b:latest", "outcome": "load", "reason": null,
             "bytes": {"weights": 700_000_000, "kv": 80_000_000, "scratch": 134_217_728, "total": 914_217_728},
             "context": 4096, "slots": 4, "wake_ms": 2300, "is_measured": true,
-            "devices": [{"name": "cpu", "budget_bytes": 1_500_000_000, "used_bytes": 1_200_000_000}],
+            "devices": [{"name": "host", "budget_bytes": 1_500_000_000, "used_bytes": 1_200_000_000}],
             "loaded": [{
                 "model": "a:latest", "size": 1_200_000_000, "running": 0, "pinned": false,
                 "bytes": {"weights": 1_000_000_000, "kv": 60_000_000, "scratch": 134_217_728, "total": 1_194_217_728},
@@ -129,7 +153,7 @@ mod tests {
              of scratch."
         );
         assert_eq!(lines[2], "A load takes 2.3 s (as measured).");
-        assert_eq!(lines[3], "cpu: 1.2 GB of 1.5 GB in use.");
+        assert_eq!(lines[3], "host: 1.2 GB of 1.5 GB in use.");
         let row: Vec<&str> = lines[6].split("  ").map(str::trim).filter(|it| !it.is_empty()).collect();
         assert_eq!(
             row,
@@ -139,12 +163,35 @@ mod tests {
     }
 
     #[test]
+    fn devices_say_what_they_have_and_why_not() {
+        let plan = json!({
+            "model": "b:latest", "outcome": "load", "bytes": null, "placement": "on gpu0",
+            "devices": [
+                {"name": "gpu0", "product": "Double", "budget_bytes": 9, "used_bytes": 1, "others_bytes": 3},
+                {"name": "gpu1", "product": "Double", "reason": "it has gone"},
+            ],
+            "complaints": ["gpu2: it is lost"],
+            "loaded": [{"model": "a:latest", "placement": "on the host"}],
+        });
+        let text = text(&plan);
+        for line in [
+            "It would lie on gpu0.",
+            "gpu0 (Double): 1 B of 9 B in use; other programs have 3 B.",
+            "gpu1 (Double) is not used: it has gone.",
+            "gpu2: it is lost.",
+            "a:latest lies on the host.",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line} is not in {text}");
+        }
+    }
+
+    #[test]
     fn a_refusal_says_why_and_no_sizes() {
         let plan = json!({
             "model": "b:latest", "outcome": "refuse", "reason": "it is too large", "bytes": null,
             "context": 0, "slots": 0, "wake_ms": 0, "is_measured": false,
-            "devices": [{"name": "cpu", "budget_bytes": 10, "used_bytes": 0}], "loaded": [],
+            "devices": [{"name": "host", "budget_bytes": 10, "used_bytes": 0}], "loaded": [],
         });
-        assert_eq!(text(&plan), "b:latest would be refused: it is too large.\ncpu: 0 B of 10 B in use.\n");
+        assert_eq!(text(&plan), "b:latest would be refused: it is too large.\nhost: 0 B of 10 B in use.\n");
     }
 }

@@ -41,7 +41,10 @@ fn table(loaded: &Value, prefix: &str, now: Timestamp) -> String {
                 text("name").to_owned(),
                 list::short(text("digest")),
                 human::size(number("size")),
-                processor(number("size"), number("size_vram")),
+                match model["placement"].as_str() {
+                    Some(place) => place.to_owned(),
+                    None => processor(number("size"), number("size_vram")),
+                },
                 number("context_length").to_string(),
                 match text("state") {
                     "draining" => "Stopping...".to_owned(),
@@ -91,6 +94,8 @@ mod tests {
         let text = table(&loaded, "", now);
         let row = "smollm2:latest    b1b1b1b1b1b1    200 MB    100% CPU     2048       4 minutes from now";
         assert_eq!(text.lines().nth(1), Some(row));
+        loaded["models"][0]["placement"] = json!("on gpu0");
+        assert!(table(&loaded, "", now).contains("200 MB    on gpu0    "));
         loaded["models"][0]["state"] = json!("draining");
         assert!(table(&loaded, "", now).contains("Stopping..."));
     }

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map as JsonMap, Value as Json};
 use v4_kernels::{Bytes, Quant};
-use v4_proto::{Ability, Inspection, ModelFiles, ModelInfo, TensorInfo};
+use v4_proto::{
+    Ability, Inspection, LayerRun, Layout, ModelFiles, ModelInfo, TensorInfo, limits::MODEL_LAYERS,
+};
 
+use crate::arch::config::{DecoderConfig, Output};
 use crate::format::folder::Folder;
 use crate::format::{
     self, Array, File, Format, FormatError, Meta, Tensor, Value, gguf, safetensors,
@@ -87,6 +90,7 @@ struct Header {
     tensors: Vec<TensorInfo>,
     n_params: u64,
     weight_bytes: u64,
+    layout: Layout,
     /// The type of most weights.
     main_type: String,
     /// From the configuration of an architecture that this build runs.
@@ -101,7 +105,12 @@ struct Runs {
 
 impl Header {
     fn of(file: &File) -> Result<Self, Error> {
-        let runs = arch::resolve(file).ok().map(|(arch, config)| Runs {
+        let known = arch::resolve(file).ok();
+        let layout = match &known {
+            Some((arch, config)) => layout(file, arch, config),
+            None => Layout::default(),
+        };
+        let runs = known.map(|(arch, config)| Runs {
             kv_bytes_per_token: config.kv_bytes_per_token() as u64,
             abilities: arch.abilities,
         });
@@ -118,7 +127,7 @@ impl Header {
             .collect();
         let weight_bytes = file.tensors.iter().map(Tensor::n_bytes).sum();
         let header = Self::new(file.format, file.meta.clone(), tensors)?;
-        Ok(Self { weight_bytes, runs, ..header })
+        Ok(Self { weight_bytes, layout, runs, ..header })
     }
 
     /// A file with a type that this build does not know: its tensors cannot be sized, so the bytes
@@ -170,7 +179,8 @@ impl Header {
         }
         let main = by_type.into_iter().max_by_key(|&(_, n)| n);
         let main_type = main.map_or_else(String::new, |(ty, _)| ty.to_owned());
-        Ok(Self { format, arch, meta, tensors, n_params, weight_bytes: 0, main_type, runs: None })
+        let (weight_bytes, layout, runs) = (0, Layout::default(), None);
+        Ok(Self { format, arch, meta, tensors, n_params, weight_bytes, layout, main_type, runs })
     }
 
     fn inspection(self, template: Option<&str>) -> Inspection {
@@ -195,6 +205,7 @@ impl Header {
             n_layers: self.number("block_count", "num_hidden_layers"),
             weight_bytes: self.weight_bytes,
             kv_bytes_per_token: self.runs.as_ref().map_or(0, |runs| runs.kv_bytes_per_token),
+            layout: self.layout.clone(),
             abilities: self.abilities(template),
         }
     }
@@ -239,6 +250,66 @@ impl Header {
         }
         abilities
     }
+}
+
+/// Where the bytes of a file's tensors belong. The names of layers and experts are the formats'
+/// own, the same for every architecture.
+fn layout(file: &File, arch: &arch::Arch, config: &DecoderConfig) -> Layout {
+    let names = |name: &arch::decoder::Name| match file.format {
+        Format::Gguf => name.gguf,
+        Format::Safetensors => name.hf,
+    };
+    let is_of = |tensor: &Tensor, field: &str| {
+        tensor.name.strip_prefix(field).is_some_and(|rest| rest.starts_with('.'))
+    };
+    let (embedding, output) = (names(&arch.names.embedding), names(&arch.names.output));
+    let mut layout = Layout::default();
+    // Dense and of experts.
+    let mut layers: Vec<[u64; 2]> = vec![[0, 0]; config.layers.len()];
+    let mut has_output = false;
+    for tensor in &file.tensors {
+        let bytes = tensor.n_bytes();
+        match layer(&tensor.name) {
+            Some(at) => {
+                if layers.len() <= at {
+                    layers.resize(at + 1, [0, 0]);
+                }
+                let sum = &mut layers[at][usize::from(is_of_experts(&tensor.name))];
+                *sum = sum.saturating_add(bytes);
+            }
+            None if is_of(tensor, embedding) => {
+                layout.embedding = layout.embedding.saturating_add(bytes);
+            }
+            None => {
+                has_output |= is_of(tensor, output);
+                layout.output = layout.output.saturating_add(bytes);
+            }
+        }
+    }
+    layout.is_tied = match config.output {
+        Output::Own => false,
+        Output::Tied => true,
+        Output::OwnOrTied => !has_output,
+    };
+    let kv = config.kv_bytes_per_token() as u64 / config.layers.len().max(1) as u64;
+    for (at, [dense, experts]) in layers.into_iter().enumerate() {
+        let kv_bytes_per_token = if at < config.layers.len() { kv } else { 0 };
+        layout.push(LayerRun { n: 1, dense, experts, kv_bytes_per_token });
+    }
+    layout
+}
+
+/// The layer that a tensor's name says: `blk.7.…`, `model.layers.7.…`.
+fn layer(name: &str) -> Option<usize> {
+    let mut words = name.split('.');
+    words.find(|word| matches!(*word, "blk" | "layers"))?;
+    let number: u64 = words.next()?.parse().ok()?;
+    usize::try_from(number).ok().filter(|_| number < MODEL_LAYERS)
+}
+
+/// Whether a tensor is a part of one or all experts among which a router chooses.
+fn is_of_experts(name: &str) -> bool {
+    name.split('.').any(|word| word == "experts" || word.ends_with("_exps"))
 }
 
 /// Whether the vocabulary has tokens that mark a gap to fill: named by metadata, or by the words
@@ -336,6 +407,41 @@ mod tests {
         assert_eq!(found.tensors[2].ty, "type 999");
         // All that follows the header: the padding after each tensor is in it.
         assert_eq!((found.info.n_params, found.info.weight_bytes), (88, 96 + 32 + 32));
+    }
+
+    #[test]
+    fn names_say_whose_a_tensor_is() {
+        let table = [
+            ("blk.7.ffn_down_exps.weight", Some(7), true),
+            ("blk.7.ffn_gate_exps.bias", Some(7), true),
+            ("blk.12.ffn_gate_inp.weight", Some(12), false),
+            ("blk.0.ffn_up_shexp.weight", Some(0), false),
+            ("model.layers.3.mlp.experts.17.up_proj.weight", Some(3), true),
+            ("model.layers.3.mlp.experts.down_proj_blocks", Some(3), true),
+            ("model.language_model.layers.3.mlp.shared_experts.up_proj.weight", Some(3), false),
+            ("token_embd.weight", None, false),
+            ("blk.1024.x", None, false),
+            ("blk.x.7", None, false),
+            ("layers", None, false),
+        ];
+        for (name, of, experts) in table {
+            assert_eq!((layer(name), is_of_experts(name)), (of, experts), "{name}");
+        }
+        // Every name that this build binds follows that.
+        for arch in arch::ALL {
+            let names = &arch.names;
+            for name in [names.expert_gate, names.expert_up, names.expert_down] {
+                for text in [name.gguf, name.hf].map(|name| name.replace("{}", "5")) {
+                    let is_none = text.is_empty();
+                    assert!(is_none || (layer(&text) == Some(5) && is_of_experts(&text)), "{text}");
+                }
+            }
+            for name in [names.router, names.down, names.query] {
+                for text in [name.gguf, name.hf].map(|name| name.replace("{}", "5")) {
+                    assert!(!is_of_experts(&text), "{text}");
+                }
+            }
+        }
     }
 
     #[test]

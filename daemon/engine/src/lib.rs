@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arch;
+mod devices;
 pub mod dialect;
 mod error;
 pub mod format;
@@ -29,5 +30,6 @@ pub mod text;
 pub mod tokenizer;
 mod weights;
 
+pub use devices::devices;
 pub use error::Error;
 pub use inspect::inspect;

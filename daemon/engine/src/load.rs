@@ -37,8 +37,9 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(Stage, u64, u64),
 ) -> Result<Loaded, Error> {
-    if options.device != "cpu" {
-        return Err(Error::unsupported(format!("the device {:?}", options.device)));
+    if let Some(on_gpus) = &options.on_gpus {
+        let uuids: Vec<&str> = on_gpus.shares.iter().map(|share| share.uuid.as_str()).collect();
+        return Err(Error::unsupported(format!("computing on {}", uuids.join(", "))));
     }
     let threads = options.threads as usize;
     let precision = options.precision;

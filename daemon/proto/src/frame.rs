@@ -9,7 +9,9 @@ use std::{path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Delta, Digest, Done, Fault, Generate, Inspection, ModelFiles, ModelInfo, limits};
+use crate::{
+    Delta, Digest, Done, Fault, Generate, Inspection, Inventory, ModelFiles, ModelInfo, limits,
+};
 
 /// The number of this protocol. Another number at the other end is a fault, not a guess.
 pub const PROTOCOL: u32 = 1;
@@ -95,11 +97,31 @@ impl FromStr for Precision {
     }
 }
 
-/// How a model is put on a device.
+/// What a GPU has of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuShare {
+    /// Which, as the inventory calls it.
+    pub uuid: String,
+    /// From this layer on, up to before that one.
+    pub layers: [u32; 2],
+}
+
+/// Where a model lies that is not on the host alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnGpus {
+    /// In the order of their layers. The embedding lies before the first layer, the output with the
+    /// last one; layers before those of the first share are the host's.
+    pub shares: Vec<GpuShare>,
+    /// Experts of layers before this one lie in the host's memory.
+    pub experts_from: u32,
+}
+
+/// How a model is put on its devices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadOptions {
-    /// `cpu`, or a device of the inventory.
-    pub device: String,
+    /// Where; `None` is on the host. Never a device that the inventory calls unable to compute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_gpus: Option<OnGpus>,
     /// Tokens of context for one sequence; cut to what the model was trained for.
     pub context: u32,
     /// Sequences that may run at a time.
@@ -148,6 +170,9 @@ pub enum ToRunner {
         /// The files.
         files: ModelFiles,
     },
+    /// Say which devices there are and what is in use of them: answered by `Devices`, whatever
+    /// else the runner is doing.
+    Devices,
     /// Answer this request with `Delta`s and one `Done` or `Failed`.
     Generate {
         /// The daemon's number for it.
@@ -243,6 +268,11 @@ pub enum FromRunner {
     Info {
         /// What the header says.
         inspection: Box<Inspection>,
+    },
+    /// The answer to `Devices`.
+    Devices {
+        /// What there is at this moment.
+        inventory: Inventory,
     },
     /// More of an answer.
     Delta {
@@ -353,7 +383,7 @@ pub fn decode<T: DeserializeOwned>(header: &[u8]) -> Result<T, FrameError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Code, Finish, Input, SamplingParams, Usage};
+    use crate::{Code, Finish, Gpu, Input, SamplingParams, Usage};
 
     fn round_trip<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(message: &T) {
         let bytes = encode(message, b"body").expect("encodes");
@@ -392,6 +422,19 @@ mod tests {
             fault: Fault::new(Code::ContextOverflow, "too long"),
         });
         round_trip(&FromRunner::Stats(Stats { steps: 4, ..Stats::default() }));
+        let gpu = Gpu {
+            index: 1,
+            name: "x".into(),
+            uuid: "GPU-1".into(),
+            total_bytes: u64::MAX,
+            used_bytes: 1,
+            capability: [9, 0],
+            can_compute: false,
+        };
+        let inventory =
+            Inventory { gpus: vec![gpu], complaints: vec!["it is lost".into()], is_blind: true };
+        round_trip(&ToRunner::Devices);
+        round_trip(&FromRunner::Devices { inventory });
     }
 
     #[test]
@@ -405,9 +448,13 @@ mod tests {
         let half = 2 * 2 * 16 * 8 * 64;
         assert_eq!(KvType::ALL.map(|kind| kind.bytes(half)), [half, half, half / 64 * 34]);
         assert_eq!(KvType::Q8_0.bytes(u64::MAX), u64::MAX / 64 * 34 + 34);
-        let old = r#"{"device":"cpu","context":1,"slots":1,"threads":1}"#;
+        let old = r#"{"context":1,"slots":1,"threads":1}"#;
         let options: LoadOptions = serde_json::from_str(old).expect("decodes");
         assert_eq!((options.kv_type, options.precision), (KvType::F16, Precision::Fast));
+        let shares = vec![GpuShare { uuid: "GPU-1".into(), layers: [2, 9] }];
+        let on_gpus = Some(OnGpus { shares, experts_from: 4 });
+        let options = Box::new(LoadOptions { on_gpus, ..options });
+        round_trip(&ToRunner::Load { files: ModelFiles::default(), options: *options });
     }
 
     #[test]

@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod device;
 pub mod event;
 pub mod fault;
 pub mod frame;
@@ -20,8 +21,9 @@ pub mod name;
 pub mod paths;
 pub mod request;
 
+pub use device::{Gpu, Inventory};
 pub use event::{Delta, Done, Event, Finish, ToolCall, Usage};
 pub use fault::{Code, Fault};
-pub use info::{Ability, Inspection, ModelInfo, TensorInfo};
+pub use info::{Ability, Inspection, LayerRun, Layout, ModelInfo, TensorInfo};
 pub use name::{Digest, ModelName};
 pub use request::{Generate, Input, Lane, Message, ModelFiles, Role, SamplingParams, Think};

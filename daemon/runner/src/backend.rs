@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use v4_proto::{
-    Event, Fault, Generate, Inspection, ModelFiles, ModelInfo,
+    Event, Fault, Generate, Inspection, Inventory, ModelFiles, ModelInfo,
     frame::{LoadOptions, RequestId, Stage, Stats},
 };
 
@@ -36,6 +36,8 @@ pub trait Backend: 'static {
     /// What steps.
     type Engine;
 
+    /// The devices beside the host, and whether it computes on them. Called from any thread.
+    fn devices() -> Inventory;
     /// What the header of these files says.
     fn inspect(files: &ModelFiles) -> Result<Inspection, Fault>;
     /// Puts a model on its device.

@@ -8,7 +8,7 @@ use v4_engine::{
     step::Engine,
 };
 use v4_proto::{
-    Fault, Generate, Inspection, ModelFiles,
+    Fault, Generate, Inspection, Inventory, ModelFiles,
     frame::{LoadOptions, RequestId, Stats},
 };
 
@@ -27,6 +27,10 @@ impl Backend for Native {
     type Prepare = Arc<Prepare>;
     type Sequence = Sequence;
     type Engine = Engine;
+
+    fn devices() -> Inventory {
+        v4_engine::devices()
+    }
 
     fn inspect(files: &ModelFiles) -> Result<Inspection, Fault> {
         v4_engine::inspect(files).map_err(|error| told(&error))

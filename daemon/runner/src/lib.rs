@@ -23,6 +23,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{SyncSender, sync_channel},
     },
     thread,
@@ -115,10 +116,15 @@ fn read<B: Backend>(
     out: &SyncSender<Out>,
     shared: &Shared<B>,
 ) -> Result<(), Error> {
+    let asked = Arc::new(AtomicBool::new(false));
     while let Some(message) = reader.next()? {
         let order = match message {
             ToRunner::Load { files, options } => Order::Load(files, options),
             ToRunner::Inspect { files } => Order::Inspect(files),
+            ToRunner::Devices => {
+                tell_devices::<B>(out, &asked)?;
+                continue;
+            }
             ToRunner::Cancel { id } => Order::Cancel(id),
             ToRunner::Cores { threads } => Order::Cores(threads),
             ToRunner::Drain { deadline_ms } => Order::Drain(Duration::from_millis(deadline_ms)),
@@ -135,6 +141,21 @@ fn read<B: Backend>(
         let _ = orders.send(order);
     }
     Ok(())
+}
+
+/// Asks the drivers on a thread of its own: one that has to wake its device takes a second. Who
+/// asks again meanwhile gets the answer that is on its way.
+fn tell_devices<B: Backend>(out: &SyncSender<Out>, asked: &Arc<AtomicBool>) -> Result<(), Error> {
+    if asked.swap(true, Ordering::AcqRel) {
+        return Ok(());
+    }
+    let (out, asked) = (out.clone(), Arc::clone(asked));
+    spawn("devices", move || {
+        let inventory = B::devices();
+        asked.store(false, Ordering::Release);
+        // A closed channel is a daemon that has gone.
+        let _ = out.send(Out::Frame(FromRunner::Devices { inventory }));
+    })
 }
 
 /// Template, tokens and length, here and not on the engine's thread, so that a long prompt does not

@@ -3,14 +3,17 @@
 
 use std::{
     io::{Read as _, Write as _},
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{
+        atomic::AtomicU32,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
     thread::JoinHandle,
     time::Instant,
 };
 
 use v4_proto::{
-    Code, Delta, Done, Event, Finish, Input, Inspection, ModelFiles, ModelInfo, SamplingParams,
-    Usage,
+    Code, Delta, Done, Event, Finish, Input, Inspection, Inventory, Layout, ModelFiles, ModelInfo,
+    SamplingParams, Usage,
     frame::{KvType, LENGTHS_BYTES, Lengths, LoadOptions, Precision, Stage},
 };
 
@@ -44,6 +47,14 @@ impl Backend for Fake {
     type Prepare = ();
     type Sequence = String;
     type Engine = FakeEngine;
+
+    fn devices() -> Inventory {
+        // The driver thinks until the test lets it, and answers once.
+        N_ASKED.fetch_add(1, Ordering::SeqCst);
+        let gate = THINKING.lock().expect("no panic").take();
+        let _ = gate.map(|gate| gate.recv_timeout(Duration::from_secs(10)));
+        Inventory { complaints: vec!["gpu0: it is lost".into()], ..Inventory::default() }
+    }
 
     fn inspect(files: &ModelFiles) -> Result<Inspection, Fault> {
         let info = Self::load(files, &options(), &mut |_, _, _| {})?.info;
@@ -84,6 +95,7 @@ impl Backend for Fake {
                 n_layers: 1,
                 weight_bytes: 4,
                 kv_bytes_per_token: 4,
+                layout: Layout::default(),
                 abilities: Vec::new(),
             },
             context: options.context,
@@ -180,7 +192,7 @@ fn vast() -> String {
 
 fn options() -> LoadOptions {
     LoadOptions {
-        device: "cpu".into(),
+        on_gpus: None,
         context: 64,
         slots: 2,
         threads: 1,
@@ -420,6 +432,27 @@ fn a_load_or_an_inspection_that_fails_is_fatal_with_its_own_code() {
             assert!(daemon.left().is_err());
         }
     }
+}
+
+/// How often a fake driver was asked, and where it waits for its test.
+static N_ASKED: AtomicU32 = AtomicU32::new(0);
+static THINKING: Mutex<Option<Receiver<()>>> = Mutex::new(None);
+
+#[test]
+fn devices_are_told_while_the_driver_of_an_earlier_question_still_thinks() {
+    let (think, thinking) = sync_channel(1);
+    *THINKING.lock().expect("no panic") = Some(thinking);
+    let mut daemon = Daemon::ready::<Fake>();
+    daemon.send(&ToRunner::Devices);
+    daemon.send(&ToRunner::Devices);
+    // Neither the reader nor the engine waits for it.
+    daemon.ask(1, "3");
+    daemon.next_of(|message| matches!(message, FromRunner::Done { id: 1, .. }));
+    think.send(()).expect("the driver waits");
+    let told = daemon.next_of(|message| matches!(message, FromRunner::Devices { .. }));
+    let FromRunner::Devices { inventory } = told else { panic!("{told:?}") };
+    assert_eq!(inventory.complaints, ["gpu0: it is lost"]);
+    assert_eq!(N_ASKED.load(Ordering::SeqCst), 1);
 }
 
 #[test]

@@ -218,8 +218,8 @@ settings! {
     pub truncate: bool = "V4_TRUNCATE", "on", Live, switch;
     /// Requests that may wait for one model; one more is refused at once.
     pub max_queue: usize = "V4_MAX_QUEUE", "512", Start, queue, "OLLAMA_MAX_QUEUE" same;
-    /// Bytes that all loaded models may take, with K, M or G behind the number; not set or `off` is
-    /// a share of what is available at the start.
+    /// Bytes of the host's memory that all loaded models may take, with K, M or G behind the
+    /// number; not set or `off` is a share of what is available at the start.
     pub memory: Option<u64> = "V4_MEMORY", "", Start, amount;
     /// The Python package index that models are pulled from; not set is `https://pypi.org`.
     pub index_url: Option<String> = "V4_INDEX_URL", "", Start, url;

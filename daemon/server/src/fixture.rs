@@ -16,8 +16,8 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use v4_proto::{
-    Ability, Delta, Done, Fault, Finish, Generate, Input, Inspection, ModelFiles, ModelInfo,
-    ModelName, TensorInfo, ToolCall, Usage,
+    Ability, Delta, Done, Fault, Finish, Generate, Input, Inspection, Inventory, Layout,
+    ModelFiles, ModelInfo, ModelName, TensorInfo, ToolCall, Usage,
     frame::{self, BUILD, FromRunner, LENGTHS_BYTES, Lengths, PROTOCOL, ToRunner},
 };
 use v4_pull::{Catalog, Inspecting, Inspector, Jobs, Origin, PullConfig, Recipe, RecipeFile};
@@ -116,6 +116,7 @@ pub fn inspection(abilities: &[Ability]) -> Inspection {
             n_layers: 30,
             weight_bytes: 1000,
             kv_bytes_per_token: 10,
+            layout: Layout::default(),
             abilities: abilities.to_vec(),
         },
         metadata,
@@ -215,6 +216,10 @@ impl Actor {
                     self.stop.store(true, Ordering::SeqCst);
                 }
                 ToRunner::Cores { .. } => {}
+                ToRunner::Devices => {
+                    let inventory = Inventory::default();
+                    self.send(&FromRunner::Devices { inventory });
+                }
                 ToRunner::Drain { .. } => return self.send(&FromRunner::Drained),
             }
         }

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use serde::{Deserialize, Serialize};
 use v4_proto::{Digest, Inspection, ModelName};
 
 use crate::{
@@ -43,6 +44,13 @@ pub(crate) struct Index {
     stamps: sled::Tree,
     /// Held while rows change, so that the count beside them is true.
     change: Mutex<()>,
+}
+
+/// A row of the inspections.
+#[derive(Serialize, Deserialize)]
+struct Inspected<T> {
+    version: u32,
+    inspection: T,
 }
 
 /// Why sled did not open.
@@ -151,15 +159,18 @@ impl Index {
         Ok(Self { fs, folder, db, inspections, last_use, stamps, change: Mutex::new(()) })
     }
 
-    /// The cached inspection of a blob. A row that cannot be read is no row.
+    /// The cached inspection of a blob. A row that cannot be read, or says what another version of
+    /// v4 looked for, is no row.
     pub fn inspection(&self, digest: &Digest) -> Option<Inspection> {
         let bytes = self.inspections.get(digest.as_bytes()).ok().flatten()?;
-        serde_json::from_slice(&bytes).ok()
+        let row: Inspected<Inspection> = serde_json::from_slice(&bytes).ok()?;
+        (row.version == Inspection::VERSION).then_some(row.inspection)
     }
 
     /// Keeps the inspection of a blob.
     pub fn put_inspection(&self, digest: &Digest, value: &Inspection) -> Result<(), StoreError> {
-        let bytes = serde_json::to_vec(value).expect("an inspection has string keys only");
+        let row = Inspected { version: Inspection::VERSION, inspection: value };
+        let bytes = serde_json::to_vec(&row).expect("an inspection has string keys only");
         if bytes.len() > limits::INSPECTION_BYTES {
             return Ok(());
         }
@@ -277,4 +288,46 @@ fn rows_path(folder: &Path) -> PathBuf {
 fn read_rows(fs: &dyn Fs, folder: &Path) -> usize {
     let bytes = fs::read(fs, &rows_path(folder), 32).unwrap_or_default();
     std::str::from_utf8(&bytes).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use v4_proto::{Layout, ModelInfo};
+
+    use super::*;
+    use crate::fs::RealFs;
+
+    #[test]
+    fn what_another_version_looked_for_is_looked_for_again() {
+        let folder = tempfile::TempDir::new().expect("a folder");
+        let fs: Arc<dyn Fs> = Arc::new(RealFs);
+        let (index, _) = Index::open(&fs, folder.path()).expect("opens");
+        let info = ModelInfo {
+            format: "gguf".into(),
+            arch: "x".into(),
+            supported: true,
+            quant: "Q8_0".into(),
+            n_params: 1,
+            context_length: 2,
+            embedding_length: 3,
+            n_layers: 4,
+            weight_bytes: 5,
+            kv_bytes_per_token: 6,
+            layout: Layout::default(),
+            abilities: Vec::new(),
+        };
+        let metadata = serde_json::Map::new();
+        let inspection = Inspection { info, metadata, chat_template: None, tensors: Vec::new() };
+        let digest = crate::sha256(b"x");
+        index.put_inspection(&digest, &inspection).expect("is kept");
+        assert_eq!(index.inspection(&digest), Some(inspection.clone()));
+        let version = Inspection::VERSION + 1;
+        let later = serde_json::to_vec(&Inspected { version, inspection: &inspection });
+        let before = serde_json::to_vec(&inspection);
+        for row in [later, before] {
+            let row = row.expect("encodes");
+            index.insert(&index.inspections, digest.as_bytes(), &row).expect("is kept");
+            assert_eq!(index.inspection(&digest), None);
+        }
+    }
 }

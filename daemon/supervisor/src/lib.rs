@@ -66,6 +66,10 @@ pub struct Loaded {
     pub digest: Digest,
     /// Bytes of memory it takes: an estimate until it is ready.
     pub size_bytes: u64,
+    /// Of these, bytes on GPUs.
+    pub gpu_bytes: u64,
+    /// On which devices it lies, if there is a choice.
+    pub place: Option<String>,
     /// Tokens of context a sequence gets.
     pub context: u32,
     /// When it is unloaded if nobody asks; `None` is never, or not while it works.

@@ -93,6 +93,19 @@ pub const STDERR_LINES: usize = 20;
 
 /// Bytes for activations, logits and the process itself, beside weights and KV.
 pub const SCRATCH_BYTES: u64 = 128 << 20;
+/// Bytes of each GPU that are left alone: what a process takes there beside what is planned, and
+/// what the driver calls used and is not. An assumption: it was never measured on a device.
+pub const GPU_RESERVE_BYTES: u64 = 512 << 20;
+/// GPUs that are remembered, those that have gone counted in: what a driver lists, twice.
+pub const DEVICES: usize = 128;
+/// GPUs that one model is spread over at most, of the ablest: every set of them is looked at.
+pub const SPLIT_DEVICES: usize = 8;
+/// Between two looks at what others use of the GPUs, while a model is loaded: a person who starts
+/// another program waits for its memory this long, twice.
+pub const DEVICES_POLL: Duration = Duration::from_secs(3);
+/// What the answer to such a look gets before an ask goes on without it: a driver that has to wake
+/// its devices takes a second.
+pub const DEVICES_WAIT: Duration = Duration::from_secs(2);
 /// The share of the available memory that models may take, in percent, where the configuration does
 /// not say: the rest is for the page cache of everybody else.
 pub const MEMORY_SHARE_PERCENT: u64 = 85;

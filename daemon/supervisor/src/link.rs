@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use v4_proto::{
-    Code, Event, Fault, ModelFiles, ModelInfo,
+    Code, Event, Fault, Inventory, ModelFiles, ModelInfo,
     frame::{self, FromRunner, LENGTHS_BYTES, Lengths, LoadOptions, Stats, ToRunner},
 };
 
@@ -29,6 +29,7 @@ pub(crate) enum Command {
     Generate { id: AskId, route: Route },
     Cancel { id: AskId },
     Cores { threads: u32 },
+    Devices,
     Drain { deadline: Duration },
 }
 
@@ -43,6 +44,9 @@ pub(crate) struct Counts {
 #[derive(Debug)]
 pub(crate) enum Report {
     Started,
+    Devices {
+        inventory: Inventory,
+    },
     Loaded {
         info: Box<ModelInfo>,
         context: u32,
@@ -376,6 +380,7 @@ impl Link {
             }
             Command::Cancel { id } => self.cancel(id),
             Command::Cores { threads } => self.writer.send(&ToRunner::Cores { threads }),
+            Command::Devices => self.writer.send(&ToRunner::Devices),
             Command::Drain { deadline } => {
                 self.leave_by = Some(Instant::now() + deadline);
                 let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
@@ -409,6 +414,7 @@ impl Link {
                 let report = Report::Loaded { info: Box::new(info), context, bytes: memory_bytes };
                 self.report(report).await;
             }
+            FromRunner::Devices { inventory } => self.report(Report::Devices { inventory }).await,
             FromRunner::Drained => self.has_drained = true,
             FromRunner::Fatal { fault } => return Err(Error::Fatal(fault)),
             FromRunner::Ready { .. } => return Err(Error::OutOfPlace("Ready")),

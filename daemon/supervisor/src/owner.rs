@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use v4_proto::{
-    Event as Answered, Fault, Lane, ModelInfo, ModelName,
+    Event as Answered, Fault, Inventory, Lane, ModelInfo, ModelName,
     frame::{KvDisk, KvType, LoadOptions, Precision},
 };
 use v4_store::Lease;
@@ -108,6 +108,10 @@ pub(crate) struct Owner {
     clients: HashMap<AskId, Client>,
     reports: mpsc::Sender<(RunnerId, Report)>,
     reported: mpsc::Receiver<(RunnerId, Report)>,
+    /// When a runner was last asked for the machine's devices.
+    devices_at: Option<Duration>,
+    /// Asks that wait for the answer.
+    parked: Vec<Ask>,
     /// Told when the last runner is gone.
     closers: Vec<oneshot::Sender<()>>,
     register: Arc<Register>,
@@ -140,6 +144,8 @@ impl Owner {
             clients: HashMap::new(),
             reports,
             reported,
+            devices_at: None,
+            parked: Vec::new(),
             closers: Vec::new(),
             register,
         }
@@ -149,7 +155,14 @@ impl Owner {
     pub async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
         self.step(Event::Tick);
         while !self.state.is_over() {
-            let deadline = self.state.next_deadline();
+            if self.next_look().is_some_and(|at| at <= self.now()) {
+                self.ask_devices();
+            }
+            if self.parked_until().is_some_and(|at| at <= self.now()) {
+                self.unpark();
+            }
+            let looks = self.next_look().into_iter().chain(self.parked_until());
+            let deadline = self.state.next_deadline().into_iter().chain(looks).min();
             // A keep-alive of centuries is beyond the clock, and as good as none.
             let deadline = deadline.and_then(|at| self.started.checked_add(at));
             let tick = async {
@@ -180,8 +193,11 @@ impl Owner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Ask(ask) => self.ask(*ask),
-            Message::Left(ask) => self.step(Event::Left(ask)),
+            Message::Ask(ask) => self.park(*ask),
+            Message::Left(ask) => {
+                self.parked.retain(|parked| parked.id != ask);
+                self.step(Event::Left(ask));
+            }
             Message::Unload { name, reply } => {
                 let was_loaded = self.state.is_loaded(&name);
                 self.step(Event::Unload(name));
@@ -224,7 +240,13 @@ impl Owner {
 
     fn hear(&mut self, runner: RunnerId, report: Report) {
         let event = match report {
-            Report::Started => Event::Started(runner),
+            Report::Started => {
+                if !self.state.devices().is_known() {
+                    self.ask_devices();
+                }
+                Event::Started(runner)
+            }
+            Report::Devices { inventory } => return self.look(inventory),
             Report::Loaded { info, context, bytes } => {
                 let series = self.series(runner);
                 if let Some(linked) = self.links.get_mut(&runner) {
@@ -255,8 +277,64 @@ impl Owner {
 
     fn step(&mut self, event: Event) {
         let now = self.now();
+        let held = self.state.gpu_bytes();
         for effect in policy::step(&mut self.state, event, now) {
             self.act(effect);
+        }
+        if self.state.gpu_bytes() < held {
+            // What has just become free is not somebody else's.
+            self.ask_devices();
+        }
+    }
+
+    /// Takes over what a runner has told of the devices, then what waited for it.
+    fn look(&mut self, inventory: Inventory) {
+        let before = self.state.devices().unused();
+        self.step(Event::Devices(inventory));
+        for sentence in self.state.devices().unused() {
+            if !before.contains(&sentence) {
+                tracing::warn!("{sentence}");
+            }
+        }
+        self.unpark();
+    }
+
+    /// An ask waits for a look at devices that nobody has looked at for a while, because nothing
+    /// was loaded: what others have of them is not what it was.
+    fn park(&mut self, ask: Ask) {
+        let at = self.devices_at.unwrap_or_default();
+        let is_stale = self.state.has_choice() && self.now() >= at + limits::DEVICES_POLL;
+        if self.parked.is_empty() && is_stale && !self.links.is_empty() {
+            self.ask_devices();
+        } else if self.parked.is_empty() || self.parked.len() >= limits::MAILBOX_MESSAGES {
+            return self.ask(ask);
+        }
+        self.parked.push(ask);
+    }
+
+    /// Until when they wait at most.
+    fn parked_until(&self) -> Option<Duration> {
+        let at = self.devices_at.filter(|_| !self.parked.is_empty())?;
+        Some(at + limits::DEVICES_WAIT)
+    }
+
+    fn unpark(&mut self) {
+        for ask in std::mem::take(&mut self.parked) {
+            self.ask(ask);
+        }
+    }
+
+    /// When somebody is asked again what is in use of the devices.
+    fn next_look(&self) -> Option<Duration> {
+        let last = self.devices_at.filter(|_| self.state.watches_devices())?;
+        Some(last + limits::DEVICES_POLL)
+    }
+
+    /// Asks any runner; each of them sees the same devices.
+    fn ask_devices(&mut self) {
+        if let Some(runner) = self.links.keys().copied().min() {
+            self.devices_at = Some(self.now());
+            self.tell(runner, Command::Devices);
         }
     }
 
@@ -300,7 +378,7 @@ impl Owner {
     fn load(&mut self, runner: RunnerId, model: &Arc<Model>) {
         tracing::info!(runner, model = %model.target.name, bytes = model.bytes, "load");
         let options = LoadOptions {
-            device: "cpu".into(),
+            on_gpus: self.state.on_gpus(model),
             context: model.context,
             slots: model.slots,
             threads: self.state.threads(),
@@ -436,6 +514,8 @@ impl Owner {
                     name: model.target.name.clone(),
                     digest: model.target.digest,
                     size_bytes: runner.bytes,
+                    gpu_bytes: runner.held.on_gpus(),
+                    place: self.state.place_of(model),
                     context,
                     expires: runner
                         .would_expire(now)

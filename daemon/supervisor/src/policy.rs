@@ -8,7 +8,8 @@
 //! go to ready runners, models that are asked for get memory, idle ones leave. The rules:
 //!
 //! - A request is refused at once or it waits; a queue a model is bounded.
-//! - Memory is counted from the decision to load until the process is gone.
+//! - Memory is counted, on each [device](devices), from the decision to load until the process is
+//!   gone. A model gets the best [place](place) that there is once those that may leave have left.
 //! - Room is made by unloading idle models, the least [worth keeping](worth) first. A busy one gets
 //!   nothing new and leaves when its answers have ended; a running answer is never cut for memory.
 //! - A model that is in use keeps its memory for a [quantum](worth) that is worth the swap.
@@ -24,13 +25,16 @@ use std::{
     time::Duration,
 };
 
-use v4_proto::{Code, Fault, ModelFiles, ModelInfo, ModelName, frame::KvType};
+use v4_proto::{Code, Fault, Inventory, ModelFiles, ModelName, frame::KvType};
 
 use crate::{KeepAlive, Target, limits};
 
+mod devices;
+mod fit;
 mod habit;
 mod history;
 mod models;
+mod place;
 mod plan;
 mod preview;
 #[cfg(test)]
@@ -38,11 +42,13 @@ mod tests;
 mod turns;
 mod worth;
 
+pub use devices::{Device, DeviceId, Devices, HOST, Spread};
 use habit::Habits;
 use history::History;
 pub use history::{Blocker, Decision};
 pub use models::{ModelRules, ModelTable};
-pub use preview::{Outcome, Parts, Plan, Resident, preview};
+pub use place::{Free, Level, Needs, Placement, Room, Share, place};
+pub use preview::{DeviceLine, Outcome, Parts, Plan, Resident, preview};
 use turns::Turns;
 pub use worth::Worth;
 
@@ -59,7 +65,7 @@ pub type Caller = Arc<str>;
 /// What does not change while the daemon runs.
 #[derive(Debug, Clone)]
 pub struct Rules {
-    /// Bytes that all models may take.
+    /// Bytes that all models may take of the host's memory.
     pub budget_bytes: u64,
     /// Asks that may wait for one model.
     pub max_queue: usize,
@@ -77,54 +83,6 @@ pub struct Rules {
     pub keep_alive: KeepAlive,
     /// What is said of single models.
     pub models: ModelTable,
-}
-
-impl Rules {
-    /// Bytes of a model with `slots` sequences of `context` tokens: weights, KV and scratch.
-    fn bytes(&self, info: &ModelInfo, context: u32, slots: u32) -> u64 {
-        let tokens = u64::from(context) * u64::from(slots);
-        let kv = self.kv_type.bytes(info.kv_bytes_per_token).saturating_mul(tokens);
-        info.weight_bytes.saturating_add(kv).saturating_add(limits::SCRATCH_BYTES)
-    }
-
-    /// `target` with as many sequences as fit the budget beside the `pinned` bytes of others.
-    ///
-    /// # Errors
-    /// `out_of_memory` when not even one does.
-    fn fit(&self, target: Target, hold: Hold, pinned: u64) -> Result<Model, Fault> {
-        let Some(info) = &target.info else {
-            return Err(Fault::internal("a model was asked for before its header was read"));
-        };
-        let own = self.models.of(&key(&target.name));
-        let context = own.context.unwrap_or(self.context);
-        // Never more than the model was trained for.
-        let context = match info.context_length {
-            0 => context,
-            trained => context.min(trained),
-        };
-        let room = self.budget_bytes.saturating_sub(pinned);
-        let fits = |slots: &u32| self.bytes(info, context, *slots) <= room;
-        let most = own.slots.unwrap_or(self.slots).max(1);
-        let Some(slots) = (1..=most).rev().find(fits) else {
-            let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-            let of_others = match pinned {
-                0 => String::new(),
-                _ => format!(", of which pinned models take {}", mib(pinned)),
-            };
-            return Err(Fault::new(
-                Code::OutOfMemory,
-                format!(
-                    "{} needs {} MiB with a context of {context} tokens, and v4 may use {} \
-                     MiB{of_others}; give it a smaller context or take a smaller model",
-                    target.name,
-                    mib(self.bytes(info, context, 1)),
-                    mib(self.budget_bytes),
-                ),
-            ));
-        };
-        let bytes = self.bytes(info, context, slots);
-        Ok(Model { target, context, slots, bytes, hold })
-    }
 }
 
 /// Keeps something (a lease on blobs) for as long as a model is of interest here.
@@ -160,8 +118,10 @@ pub struct Model {
     pub context: u32,
     /// Sequences at a time.
     pub slots: u32,
-    /// Bytes it needs, estimated from its header.
+    /// Bytes it needs on all devices together, estimated from its header.
     pub bytes: u64,
+    /// Where they are.
+    pub placement: Placement,
     /// Keeps its blobs.
     pub hold: Hold,
 }
@@ -223,13 +183,18 @@ pub enum Reason {
     OverBudget,
     /// The name's new model takes over.
     Replaced,
+    /// Other programs need the memory of this device.
+    Others(DeviceId),
+    /// This device has gone.
+    Lost(DeviceId),
     /// The daemon ends.
     Shutdown,
 }
 
 impl Reason {
     /// Every [`Reason::word`].
-    pub const WORDS: [&str; 6] = ["idle", "asked", "room", "over_budget", "replaced", "shutdown"];
+    pub const WORDS: [&str; 8] =
+        ["idle", "asked", "room", "over_budget", "replaced", "others", "lost", "shutdown"];
 
     /// The reason in a word.
     pub fn word(&self) -> &'static str {
@@ -239,6 +204,8 @@ impl Reason {
             Self::Room(_) => "room",
             Self::OverBudget => "over_budget",
             Self::Replaced => "replaced",
+            Self::Others(_) => "others",
+            Self::Lost(_) => "lost",
             Self::Shutdown => "shutdown",
         }
     }
@@ -285,6 +252,8 @@ pub enum Event {
     },
     /// Somebody wants a model out of memory.
     Unload(ModelName),
+    /// A runner has told of the machine's devices.
+    Devices(Inventory),
     /// The daemon ends.
     Shutdown {
         /// What running answers get.
@@ -408,6 +377,8 @@ pub struct Runner {
     pub model: Option<Arc<Model>>,
     /// Bytes it takes: the estimate, then its own figure.
     pub bytes: u64,
+    /// Where they are.
+    pub held: Spread,
     running: BTreeMap<AskId, Pending>,
     /// Threads it was last told to compute with.
     threads: u32,
@@ -435,6 +406,7 @@ impl Runner {
             phase: Phase::Starting,
             model: None,
             bytes: 0,
+            held: Spread::default(),
             running: BTreeMap::new(),
             threads,
             keep_alive: KeepAlive::Forever,
@@ -650,6 +622,7 @@ pub struct State {
     names: BTreeMap<Key, Name>,
     habits: Habits,
     history: History,
+    devices: Devices,
     /// When a model's quantum ends that somebody waits for.
     quantum_ends: Option<Time>,
     next_runner: RunnerId,
@@ -668,6 +641,7 @@ impl State {
             names: BTreeMap::new(),
             habits: Habits::default(),
             history: History::default(),
+            devices: Devices::default(),
             quantum_ends: None,
             next_runner: 1,
             spare_retry_at: Time::ZERO,
@@ -693,18 +667,6 @@ impl State {
             .map(|name| (&name.want.target.name, name.queue.len() + name.swaps.len()))
     }
 
-    /// `target` with its place in memory, beside the models that are pinned there.
-    fn fit(&self, target: Target, hold: Hold) -> Result<Model, Fault> {
-        let own = key(&target.name);
-        let others = self.loaded().filter(|(_, runner, model, _)| {
-            self.is_pinned(model)
-                && runner.phase != Phase::Stopping
-                && key(&model.target.name) != own
-        });
-        let pinned = others.map(|(_, runner, ..)| runner.bytes).fold(0, u64::saturating_add);
-        self.rules.fit(target, hold, pinned)
-    }
-
     /// Whether a model stays in memory whoever wants its place.
     fn is_pinned(&self, model: &Model) -> bool {
         self.rules.models.of(&key(&model.target.name)).pinned
@@ -723,7 +685,7 @@ impl State {
         self.history.of(&key(name))
     }
 
-    /// Bytes that all models may take.
+    /// Bytes that all models may take of the host's memory.
     pub fn budget_bytes(&self) -> u64 {
         self.rules.budget_bytes
     }
@@ -743,9 +705,9 @@ impl State {
         self.closing && self.runners.is_empty()
     }
 
-    /// Bytes that are taken or promised to a load that has begun.
+    /// Bytes of the host's memory that are taken or promised to a load that has begun.
     pub fn used_bytes(&self) -> u64 {
-        self.runners.values().map(|runner| runner.bytes).fold(0, u64::saturating_add)
+        self.used().of(HOST)
     }
 
     /// When [`Event::Tick`] is due at the latest: maybe in the past, if the last step was long ago.
@@ -792,6 +754,10 @@ pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
         Event::Ended { runner, ask } => ended(state, runner, ask, &mut turn),
         Event::Gone { runner, cause, begun } => gone(state, runner, cause, &begun, &mut turn),
         Event::Unload(name) => unload(state, &name),
+        Event::Devices(inventory) => {
+            let own = state.used();
+            state.devices.update(inventory, &own);
+        }
         Event::Shutdown { deadline } => shutdown(state, deadline, &mut turn),
         Event::Tick => {}
     }
@@ -830,9 +796,15 @@ fn admit(state: &mut State, ask: Ask, (target, hold): (Target, Hold), turn: &mut
     if state.closing {
         return refuse(&mut state.history, crate::answer::gone());
     }
-    let model = match state.fit(target, hold) {
-        Ok(model) => Arc::new(model),
-        Err(fault) => return refuse(&mut state.history, fault),
+    // What is loaded lies where it lies: over many GPUs a search takes milliseconds.
+    let loaded = state.names.get(&key).filter(|name| name.runner.is_some());
+    let loaded = loaded.filter(|name| state.has_choice() && name.want.target == target);
+    let model = match loaded {
+        Some(name) => Arc::clone(&name.want),
+        None => match state.fit(target, hold) {
+            Ok(model) => Arc::new(model),
+            Err(fault) => return refuse(&mut state.history, fault),
+        },
     };
     let max_queue = state.rules.models.of(&key).max_queue.unwrap_or(state.rules.max_queue);
     let name = state.names.entry(key.clone()).or_insert_with(|| Name::new(Arc::clone(&model)));
@@ -912,6 +884,7 @@ fn loaded(state: &mut State, id: RunnerId, bytes: u64, turn: &mut Turn) {
     let (Phase::Loading, Some(model)) = (runner.phase, runner.model.clone()) else { return };
     runner.phase = Phase::Ready;
     runner.bytes = bytes;
+    runner.held = std::mem::take(&mut runner.held).resized(bytes);
     (runner.idle_since, runner.ready_at) = (now, now);
     let key = key(&model.target.name);
     let took = now.saturating_sub(runner.load_began);

@@ -5,7 +5,7 @@ use std::{future::Future, path::PathBuf, time::Instant};
 
 use tempfile::TempDir;
 use tokio::time::timeout;
-use v4_proto::{Delta, Done, Event, Finish, Input, SamplingParams, Usage};
+use v4_proto::{Delta, Done, Event, Finish, Gpu, Input, Inventory, Layout, SamplingParams, Usage};
 
 use super::*;
 use v4_store::{Layer, Manifest};
@@ -452,3 +452,74 @@ fn a_default_runner_is_this_executable() {
     let launch = Launch::of(&PathBuf::from("/proc/self/exe"));
     assert_eq!((launch.exe.to_str(), launch.args.len()), (Some("/proc/self/exe"), 1));
 }
+
+/// A driver's words in a file: one GPU, of which so much is in use.
+#[expect(clippy::disallowed_methods, reason = "a test writes what a driver would say")]
+fn tell_of_a_gpu(folder: &std::path::Path, used_bytes: u64, can_compute: bool) {
+    let gpu = Gpu {
+        index: 0,
+        name: "Double".into(),
+        uuid: "GPU-double".into(),
+        total_bytes: 4 << 30,
+        used_bytes,
+        capability: [9, 0],
+        can_compute,
+    };
+    let inventory = Inventory { gpus: vec![gpu], ..Inventory::default() };
+    let bytes = serde_json::to_vec(&inventory).expect("encodes");
+    let fresh = folder.join("fresh");
+    std::fs::write(&fresh, bytes).expect("written");
+    std::fs::rename(fresh, folder.join("gpus.json")).expect("replaced");
+}
+
+/// A supervisor that knows of that GPU.
+async fn with_a_gpu(folder: &std::path::Path) -> Setup {
+    let scenario = format!("gpus in {}", folder.join("gpus.json").display());
+    let setup = Setup::new(&config(), launch(&scenario));
+    let supervisor = &setup.supervisor;
+    let knows =
+        || async { supervisor.plan(&target("a")).await.expect("a plan").devices.len() == 2 };
+    until("the inventory", knows).await;
+    setup
+}
+
+#[tokio::test]
+async fn a_gpu_that_runners_do_not_compute_on_has_no_model() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tell_of_a_gpu(folder.path(), 0, false);
+    let setup = with_a_gpu(folder.path()).await;
+    assert_eq!(setup.tell("a", "where").await.0, "null");
+    let loaded = soon(setup.supervisor.ps()).await.remove(0);
+    assert_eq!((loaded.place, loaded.gpu_bytes), (None, 0));
+    let plan = setup.supervisor.plan(&target("a")).await.expect("a plan");
+    assert_eq!(plan.devices[1].why_not, Some("this build of v4 has no kernels for it"));
+}
+
+#[tokio::test]
+async fn a_gpu_that_runners_compute_on_has_models_until_somebody_else_needs_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tell_of_a_gpu(folder.path(), 0, true);
+    let setup = with_a_gpu(folder.path()).await;
+    let expected = r#"{"shares":[{"uuid":"GPU-double","layers":[0,0]}],"experts_from":0}"#;
+    assert_eq!(setup.tell("a", "where").await.0, expected);
+    let loaded = soon(setup.supervisor.ps()).await.remove(0);
+    assert_eq!(
+        (loaded.place.as_deref(), loaded.gpu_bytes),
+        (Some("on gpu0"), fake::BYTES - SCRATCH)
+    );
+    tell_of_a_gpu(folder.path(), 4 << 30, true);
+    let supervisor = &setup.supervisor;
+    until("the model's end", || async { supervisor.ps().await.is_empty() }).await;
+    let why = supervisor.why(&"a".parse().expect("a name")).await.expect("words");
+    let words: Vec<String> = why.iter().map(|(_, decision)| decision.to_string()).collect();
+    let expected = "is unloaded: other programs need the memory of gpu0";
+    assert!(words.iter().any(|it| it == expected), "{words:?}");
+    // While nothing is loaded nobody looks. Who asks then gets what is so now.
+    tell_of_a_gpu(folder.path(), 0, true);
+    tokio::time::sleep(limits::DEVICES_POLL + Duration::from_millis(100)).await;
+    let (text, _) = setup.tell("a", "where").await;
+    assert!(text.contains("GPU-double"), "{text}");
+}
+
+/// What the process of a model takes of the host's memory.
+const SCRATCH: u64 = limits::SCRATCH_BYTES;

@@ -119,7 +119,9 @@ fn settings(page: &mut String, source: &str) {
          slots = 4         # sequences at a time, as context and max_queue instead of those above\n\
          priority = 1      # has memory before others: -128 to 127, 0 is usual\n\
          group = \"code\"    # stays in memory together with others of the group\n\
-         excludes = [\"gemma3*\"] # never in memory at the same time\n```\n\n\
+         excludes = [\"gemma3*\"] # never in memory at the same time\n\
+         device = \"gpu0\"   # or a GPU's UUID, or \"host\"; what does not fit a GPU goes to the host\n\
+         gpus = 2          # over so many GPUs at most\n```\n\n\
          All of a model but `keep_alive` counts from the next start on.\n\n\
          | key | variable | default | live | what it says |\n|---|---|---|---|---|\n",
     );

@@ -265,3 +265,24 @@ fn greedy_continuations_are_golden() {
         }
     }
 }
+
+#[test]
+fn every_byte_of_the_weights_belongs_somewhere() {
+    let cases = cases();
+    assert!(!cases.is_empty());
+    for case in cases {
+        let name = case.name();
+        let info = v4_engine::inspect(&case.files).expect("a header").info;
+        let layout = &info.layout;
+        assert_eq!(layout.weight_bytes(), info.weight_bytes, "{name}");
+        let n: u32 = layout.layers.iter().map(|run| run.n).sum();
+        assert_eq!(n, info.n_layers, "{name}");
+        let kv = layout.layers.iter().map(|run| u64::from(run.n) * run.kv_bytes_per_token);
+        assert_eq!(kv.sum::<u64>(), info.kv_bytes_per_token, "{name}");
+        assert!(layout.embedding > 0 && layout.output > 0, "{name}");
+        let has_experts = layout.layers.iter().any(|run| run.experts > 0);
+        assert_eq!(has_experts, case.has_experts, "{name}");
+        // An output of its own is as large as the embedding; a tied one leaves no more than norms.
+        assert_eq!(layout.is_tied, layout.output * 4 < layout.embedding, "{name}: {layout:?}");
+    }
+}

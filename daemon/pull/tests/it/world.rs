@@ -11,7 +11,9 @@ use std::{
 };
 
 use tempfile::TempDir;
-use v4_proto::{Ability, Code, Digest, Fault, Inspection, ModelFiles, ModelInfo, ModelName};
+use v4_proto::{
+    Ability, Code, Digest, Fault, Inspection, Layout, ModelFiles, ModelInfo, ModelName,
+};
 use v4_pull::{
     Catalog, Inspecting, Inspector, Jobs, Origin, Progress, PullConfig, Recipe, RecipeFile, Stage,
     Upstream, Watch, Wish,
@@ -83,6 +85,7 @@ pub fn inspection(is_supported: bool) -> Inspection {
         n_layers: 30,
         weight_bytes: 1,
         kv_bytes_per_token: 1,
+        layout: Layout::default(),
         abilities: vec![Ability::Completion],
     };
     let (metadata, tensors) = (serde_json::Map::new(), Vec::new());

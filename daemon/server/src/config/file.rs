@@ -9,7 +9,7 @@ use toml::{
 use v4_proto::ModelName;
 use v4_store::fs::{self, Fs as _, RealFs};
 use v4_supervisor::KeepAlive;
-use v4_supervisor::policy::ModelRules;
+use v4_supervisor::policy::{HOST, ModelRules};
 
 use super::{SETTINGS, nearest};
 use crate::{api, error::Error, limits};
@@ -37,7 +37,7 @@ pub struct ModelTable {
 }
 
 /// The keys of a model's table.
-const MODEL_KEYS: [&str; 9] = [
+const MODEL_KEYS: [&str; 11] = [
     "keep_alive",
     "preload",
     "pin",
@@ -47,6 +47,8 @@ const MODEL_KEYS: [&str; 9] = [
     "priority",
     "group",
     "excludes",
+    "device",
+    "gpus",
 ];
 
 /// What is wrong, and where.
@@ -198,10 +200,24 @@ fn model(name: ModelName, table: &DeTable<'_>) -> Result<ModelTable, Wrong> {
                 let names = said.split(',').map(str::trim).filter(|name| !name.is_empty());
                 rules.excludes = names.map(str::to_owned).collect();
             }
+            "device" => rules.device = Some(device(value).ok_or_else(|| wrong(DEVICE))?),
+            "gpus" => rules.gpus = Some(positive(value).ok_or_else(|| wrong(POSITIVE))?),
             _ => return Err(unknown(key, MODEL_KEYS.into_iter())),
         }
     }
     Ok(model)
+}
+
+/// What a device of a model's table must be.
+const DEVICE: &str = "host, gpu0 or another number, or the UUID of a GPU, in quotes";
+
+/// The name of a device; whether it is there is known when a model is asked for.
+fn device(value: &Spanned<DeValue<'_>>) -> Option<String> {
+    let name = value.get_ref().as_str()?.trim();
+    let is_number = |n: &str| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit());
+    let is_index = name.strip_prefix("gpu").is_some_and(is_number);
+    let is_known = name == HOST || is_index || name.starts_with("GPU-");
+    is_known.then(|| name.to_owned())
 }
 
 /// What a count of a model's table must be.

@@ -317,7 +317,8 @@ fn a_value_that_cannot_be_meant_names_its_setting() {
 #[test]
 fn a_models_table_is_what_the_supervisor_is_told() {
     let text = "[model.\"qwen3:8b\"]\npin = true\nslots = 4\ncontext = 1024\nmax_queue = 7\n\
-                priority = -1\ngroup = \"code\"\nexcludes = [\"a\", \"b*\"]\nkeep_alive = 60";
+                priority = -1\ngroup = \"code\"\nexcludes = [\"a\", \"b*\"]\nkeep_alive = 60\n\
+                device = \"gpu1\"\ngpus = 2";
     let (_home, config) = with_file(text, &[]);
     let table = config.expect("a good file").model_rules();
     let rules = table.of("qwen3:8b");
@@ -328,4 +329,11 @@ fn a_models_table_is_what_the_supervisor_is_told() {
         (Some("code"), "a b*".to_owned())
     );
     assert_eq!(rules.keep_alive, Some(KeepAlive::For(Duration::from_mins(1))));
+    assert_eq!((rules.device.as_deref(), rules.gpus), (Some("gpu1"), Some(2)));
+    for (device, is_known) in
+        [("host", true), ("GPU-8f6d", true), ("gpu", false), ("gpu1x", false), ("cuda", false)]
+    {
+        let (_home, config) = with_file(&format!("[model.a]\ndevice = \"{device}\""), &[]);
+        assert_eq!(config.is_ok(), is_known, "{device}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::{io::Write as _, path::Path};
 
 use tempfile::TempDir;
-use v4_proto::{Inspection, ModelInfo};
+use v4_proto::{Inspection, Layout, ModelInfo};
 use v4_store::{
     Opened, Store,
     fs::{Fs as _, RealFs},
@@ -24,6 +24,7 @@ pub fn inspection() -> Inspection {
         n_layers: 4,
         weight_bytes: 5,
         kv_bytes_per_token: 6,
+        layout: Layout::default(),
         abilities: Vec::new(),
     };
     let metadata = serde_json::Map::from_iter([("general.name".to_owned(), "x".into())]);

@@ -9,7 +9,7 @@ use std::{
 use v4_proto::{Fault, ModelName};
 
 use super::{
-    Key, Reason, Time,
+    DeviceId, Key, Reason, Time,
     worth::{Mib, Secs, Worth},
 };
 use crate::limits;
@@ -43,6 +43,8 @@ pub enum Decision {
         free: u64,
         /// Whether it takes over from what the name meant before.
         replaces: bool,
+        /// Where it lies, if there is a choice.
+        place: Option<String>,
     },
     /// It is ready.
     Ready {
@@ -55,6 +57,8 @@ pub enum Decision {
     Wait {
         /// Bytes that are missing.
         missing: u64,
+        /// On which devices, if there is a choice.
+        on: Vec<DeviceId>,
         /// For whom.
         blockers: Vec<(ModelName, Blocker)>,
     },
@@ -111,15 +115,16 @@ impl Decision {
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Load { bytes, free, replaces } => {
+            Self::Load { bytes, free, replaces, place } => {
                 let why = if *replaces {
                     "to take over from what the name meant before"
                 } else {
                     "somebody asked for it"
                 };
+                let place = place.as_ref().map(|place| format!(" {place}")).unwrap_or_default();
                 write!(
                     f,
-                    "is loaded, {why}: it needs {}, and {} were free",
+                    "is loaded{place}, {why}: it needs {}, and {} were free",
                     Mib(*bytes),
                     Mib(*free)
                 )
@@ -127,8 +132,11 @@ impl fmt::Display for Decision {
             Self::Ready { bytes, took } => {
                 write!(f, "is ready after {}: it takes {}", Secs(*took), Mib(*bytes))
             }
-            Self::Wait { missing, blockers } => {
+            Self::Wait { missing, on, blockers } => {
                 write!(f, "waits for {}", Mib(*missing))?;
+                for (n, device) in on.iter().enumerate() {
+                    write!(f, " {} {device}", if n == 0 { "on" } else { "and" })?;
+                }
                 for (n, (name, blocker)) in blockers.iter().enumerate() {
                     let joint = if n == 0 { ':' } else { ';' };
                     write!(f, "{joint} {name} {blocker}")?;
@@ -155,6 +163,10 @@ fn leave(f: &mut fmt::Formatter<'_>, reason: &Reason, worth: &Worth) -> fmt::Res
         Reason::OverBudget => {
             write!(f, "is unloaded, for models take more than they said they would: {worth}")
         }
+        Reason::Others(device) => {
+            write!(f, "is unloaded: other programs need the memory of {device}")
+        }
+        Reason::Lost(device) => write!(f, "is unloaded: {device} has gone"),
         Reason::Replaced => f.write_str("is unloaded: what its name means now takes over"),
         Reason::Shutdown => f.write_str("is unloaded: the daemon ends"),
     }
@@ -227,11 +239,17 @@ mod tests {
         let quantum = Blocker::Quantum { left: Duration::from_secs(12) };
         let table = [
             (
-                Decision::Load { bytes: (812 << 20) - 1, free: 1 << 30, replaces: false },
+                Decision::Load {
+                    bytes: (812 << 20) - 1,
+                    free: 1 << 30,
+                    replaces: false,
+                    place: None,
+                },
                 "is loaded, somebody asked for it: it needs 812 MiB, and 1024 MiB were free",
             ),
             (
                 Decision::Wait {
+                    on: Vec::new(),
                     missing: 300 << 20,
                     blockers: vec![(name("b"), quantum), (name("c"), Blocker::Busy)],
                 },
@@ -255,6 +273,7 @@ mod tests {
         let mut history = History::default();
         let a = "a:latest".to_owned();
         let wait = |left| Decision::Wait {
+            on: Vec::new(),
             missing: 1,
             blockers: vec![(name("b"), Blocker::Quantum { left: Duration::from_secs(left) })],
         };
@@ -266,7 +285,7 @@ mod tests {
             history.note(
                 &a,
                 Duration::from_secs(n),
-                Decision::Load { bytes: n, free: 0, replaces: false },
+                Decision::Load { bytes: n, free: 0, replaces: false, place: None },
             );
         }
         assert_eq!(history.of(&a).count(), limits::REMEMBERED_DECISIONS);

@@ -28,6 +28,11 @@ pub struct ModelRules {
     /// Models of one group are used together: one leaves for another only where nothing else helps,
     /// and none is idle while another is in use.
     pub group: Option<String>,
+    /// The one device that it lies on, by name (`gpu0`), UUID or `host`; what does not fit a GPU
+    /// goes to the host.
+    pub device: Option<String>,
+    /// Over so many GPUs at most.
+    pub gpus: Option<u32>,
     /// Names, or patterns of names, of models that are never in memory at the same time.
     pub excludes: Vec<String>,
 }

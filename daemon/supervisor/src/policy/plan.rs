@@ -7,7 +7,7 @@ use v4_proto::{Code, Fault, ModelName};
 
 use super::{
     AskId, Blocker, Decision, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId,
-    State, Time, Turn, key,
+    Spread, State, Time, Turn, fail_all, key,
     worth::{self, Victim, Worth},
 };
 use crate::{KeepAlive, limits};
@@ -102,8 +102,12 @@ fn agree(state: &mut State, turn: &mut Turn) {
         let is_settled = match runner {
             Some(runner) => match &mut runner.model {
                 Some(model) if model.files() == name.want.files() => {
-                    // The manifest may be a newer one of the same files.
-                    *model = Arc::clone(&name.want);
+                    // The manifest may be a newer one of the same files. Where they lie, and with
+                    // how many sequences, is as they were loaded.
+                    if model.target != name.want.target {
+                        let Model { target, hold, .. } = (*name.want).clone();
+                        *model = Arc::new(Model { target, hold, ..(**model).clone() });
+                    }
                     runner.phase == Phase::Ready
                 }
                 _ => false,
@@ -160,41 +164,41 @@ fn dispatch(state: &mut State, turn: &mut Turn) {
     }
 }
 
-/// Memory while loads are decided.
-struct Room {
-    budget: u64,
+/// Memory while loads are decided, on each device.
+struct Ledger {
+    budget: Spread,
     /// Bytes of all runners.
-    used: u64,
+    used: Spread,
     /// Of these, bytes of runners that are on their way out.
-    coming: u64,
+    coming: Spread,
     /// Bytes that loads wait for which were decided on earlier.
-    promised: u64,
+    promised: Spread,
 }
 
-impl Room {
+impl Ledger {
     fn of(state: &State) -> Self {
         let coming = state.runners.values().filter(|runner| runner.phase == Phase::Stopping);
         Self {
-            budget: state.rules.budget_bytes,
-            used: state.used_bytes(),
-            coming: coming.map(|runner| runner.bytes).fold(0, u64::saturating_add),
-            promised: 0,
+            budget: state.budgets(),
+            used: state.used(),
+            coming: coming.map(|runner| &runner.held).fold(Spread::default(), Spread::plus),
+            promised: Spread::default(),
         }
+    }
+
+    /// Bytes of runners that are not on their way out.
+    fn staying(&self) -> Spread {
+        self.used.clone().minus(&self.coming)
     }
 
     /// Bytes that will be there for whoever asks now, after all earlier promises.
-    fn later(&self) -> u64 {
-        let stays = self.used.saturating_sub(self.coming).saturating_add(self.promised);
-        self.budget.saturating_sub(stays)
+    fn later(&self) -> Spread {
+        self.budget.clone().minus(&self.staying().plus(&self.promised))
     }
 
-    /// Takes the bytes where they are free now and nobody before is kept waiting by it.
-    fn take(&mut self, bytes: u64) -> bool {
-        let fits = bytes <= self.budget.saturating_sub(self.used) && bytes <= self.later();
-        if fits {
-            self.used += bytes;
-        }
-        fits
+    /// Bytes that are there now and that nobody before waits for.
+    fn now(&self) -> Spread {
+        self.budget.clone().minus(&self.used).least(&self.later())
     }
 }
 
@@ -211,31 +215,76 @@ fn make_room(state: &mut State, turn: &mut Turn) {
     }
     drain_predecessors(state, turn);
     shed(state, turn);
-    let mut room = Room::of(state);
+    let mut ledger = Ledger::of(state);
     let mut claimed = BTreeSet::new();
     for key in wanted(state, now) {
+        refit(state, &key, turn);
         let Some(name) = state.names.get(&key) else { continue };
         let want = Arc::clone(&name.want);
         let has_runner = name.runner.is_some();
+        if !has_runner && name.wanted_since().is_none() {
+            continue;
+        }
         let foes = foes(state, &key);
-        if foes.is_empty() && room.take(want.bytes) {
-            load(state, &key, want, turn);
+        let found = state.find_place(&want, &ledger.now()).filter(|_| foes.is_empty());
+        if let Some(placement) = found {
+            ledger.used = ledger.used.plus(&placement.spread);
+            let bytes = placement.spread.total();
+            load(state, &key, Model { bytes, placement, ..(*want).clone() }, turn);
         } else if has_runner {
             replace_later(state, &key, now);
         } else {
-            let missing = want.bytes.saturating_sub(room.later());
-            let victims = worth::choose(state, &key, (missing, &foes), &claimed, now);
-            let bytes = victims.iter().map(|victim| victim.bytes).fold(0, u64::saturating_add);
-            room.coming = room.coming.saturating_add(bytes);
-            room.promised = room.promised.saturating_add(want.bytes);
-            claimed.extend(victims.iter().map(|victim| victim.runner));
-            if bytes >= missing {
-                evict(state, &want.target.name, &victims, turn);
-            }
-            explain(state, &key, (missing, &foes), &victims, now);
+            let victims = make_way(state, &key, &want, (&mut ledger, &foes, &claimed), turn);
+            claimed.extend(victims);
         }
     }
     drain_predecessors(state, turn);
+}
+
+/// What devices offer may have changed since a model was asked for: it gets the best place of now.
+/// Where there is none any more, those who wait are told.
+fn refit(state: &mut State, key: &Key, turn: &mut Turn) {
+    // Where only the host computes, what it offers does not change.
+    if !state.devices.all().any(|device| device.gpu.can_compute) {
+        return;
+    }
+    let Some(name) = state.names.get(key) else { return };
+    let want = Arc::clone(&name.want);
+    let fitted = state.fit(want.target.clone(), want.hold.clone());
+    let Some(name) = state.names.get_mut(key) else { return };
+    match fitted {
+        Ok(model) => name.want = Arc::new(model),
+        Err(fault) if name.runner.is_none() => {
+            state.history.note(key, turn.now, Decision::Refused { fault: fault.clone() });
+            fail_all(name, &fault, turn);
+        }
+        Err(_) => {}
+    }
+}
+
+/// Has others leave for the model of `own`, and keeps what it waits for. Those that it counts on.
+fn make_way(
+    state: &mut State,
+    own: &Key,
+    want: &Model,
+    (ledger, foes, claimed): (&mut Ledger, &BTreeSet<RunnerId>, &BTreeSet<RunnerId>),
+    turn: &mut Turn,
+) -> Vec<RunnerId> {
+    let later = ledger.later();
+    let with = |freed: &Spread| state.find_place(want, &later.clone().plus(freed));
+    let enough = |freed: &Spread| with(freed).is_some();
+    let victims = worth::choose(state, own, (&enough, foes), claimed, turn.now);
+    let freed = victims.iter().map(|victim| &victim.held).fold(Spread::default(), Spread::plus);
+    let found = with(&freed);
+    let spread = found.as_ref().unwrap_or(&want.placement).spread.clone();
+    let missing = spread.clone().minus(&later);
+    ledger.coming = std::mem::take(&mut ledger.coming).plus(&freed);
+    ledger.promised = std::mem::take(&mut ledger.promised).plus(&spread);
+    if found.is_some() {
+        evict(state, &want.target.name, &victims, turn);
+    }
+    explain(state, own, (&missing, foes), &victims, turn.now);
+    victims.into_iter().map(|victim| victim.runner).collect()
 }
 
 /// The runners whose models are never in memory at the same time as that of `key`.
@@ -268,7 +317,7 @@ fn evict(state: &mut State, name: &ModelName, victims: &[Victim], turn: &mut Tur
 fn explain(
     state: &mut State,
     own: &Key,
-    (missing, foes): (u64, &BTreeSet<RunnerId>),
+    (missing, foes): (&Spread, &BTreeSet<RunnerId>),
     victims: &[Victim],
     now: Time,
 ) {
@@ -288,29 +337,44 @@ fn explain(
         Some((model.target.name.clone(), blocker))
     });
     let blockers = blockers.collect();
-    state.history.note(own, now, Decision::Wait { missing, blockers });
+    let devices = missing.iter().filter(|_| state.has_choice());
+    let on = devices.map(|(device, _)| Arc::clone(device)).collect();
+    let missing = missing.total();
+    state.history.note(own, now, Decision::Wait { missing, on, blockers });
 }
 
-/// Models whose runners took more than their headers said may have gone beyond the budget: idle
-/// ones leave, the least worth keeping first, but not the one that came last.
+/// Where models take more of a device than they may, idle ones leave, the least worth keeping
+/// first: for other programs, from a device that has gone, or because their runners took more than
+/// their headers said; of these stays the one that came last.
 fn shed(state: &mut State, turn: &mut Turn) {
-    let room = Room::of(state);
-    let mut over = room.used.saturating_sub(room.coming).saturating_sub(room.budget);
-    if over == 0 {
+    let ledger = Ledger::of(state);
+    let staying = ledger.staying();
+    let mut over = staying.clone().minus(&ledger.budget);
+    if over.total() == 0 {
         return;
     }
     let newest = state.runners.values().map(|runner| runner.ready_at).max();
     let mut idle: Vec<Victim> = state
         .loaded()
-        .filter(|(_, runner, ..)| runner.is_idle() && !runner.is_pinned)
-        .filter(|(_, runner, ..)| Some(runner.ready_at) != newest)
+        .filter(|(_, runner, ..)| runner.is_idle())
         .map(|(id, runner, model, _)| Victim::of(state, (id, runner, model), turn.now))
         .collect();
     idle.sort_by(Victim::by_worth);
     for victim in idle {
-        if over > 0 {
-            stop(state, victim.runner, limits::STOP, Reason::OverBudget, turn);
-            over = over.saturating_sub(victim.bytes);
+        let Some(runner) = state.runners.get(&victim.runner) else { continue };
+        let stays = |reason: &Reason| match reason {
+            Reason::Lost(_) => false,
+            Reason::Others(_) => runner.is_pinned,
+            _ => runner.is_pinned || Some(runner.ready_at) == newest,
+        };
+        let reason = over
+            .iter()
+            .filter(|(device, _)| victim.held.of(device) > 0)
+            .map(|(device, _)| state.excess(device, staying.of(device)))
+            .find(|reason| !stays(reason));
+        if let Some(reason) = reason {
+            stop(state, victim.runner, limits::STOP, reason, turn);
+            over = over.minus(&victim.held);
         }
     }
 }
@@ -367,14 +431,19 @@ fn drain_predecessors(state: &mut State, turn: &mut Turn) {
 }
 
 /// Starts a load: in the spare runner, else in one that starts, else in a new one.
-fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
+fn load(state: &mut State, key: &Key, model: Model, turn: &mut Turn) {
     let now = turn.now;
-    let free = state.rules.budget_bytes.saturating_sub(state.used_bytes());
+    let model = Arc::new(model);
+    let free = state.budgets().minus(&state.used());
+    let on = model.placement.spread.iter().map(|(device, _)| free.of(device));
+    let free = on.fold(0, u64::saturating_add);
+    let place = state.place_of(&model);
     let is_pinned = state.is_pinned(&model);
     let id = state.free_runner().unwrap_or_else(|| spawn(state, turn));
     let Some(name) = state.names.get_mut(key) else { return };
     let replaces = name.runner.is_some();
-    state.history.note(key, now, Decision::Load { bytes: model.bytes, free, replaces });
+    let bytes = model.bytes;
+    state.history.note(key, now, Decision::Load { bytes, free, replaces, place });
     match name.runner {
         None => name.runner = Some(id),
         Some(old) => {
@@ -388,6 +457,7 @@ fn load(state: &mut State, key: &Key, model: Arc<Model>, turn: &mut Turn) {
     let keep_alive = name.inherited.unwrap_or(state.rules.keep_alive);
     let Some(runner) = state.runners.get_mut(&id) else { return };
     runner.bytes = model.bytes;
+    runner.held = model.placement.spread.clone();
     runner.keep_alive = keep_alive;
     runner.used_at = now;
     runner.load_began = now;

@@ -6,10 +6,10 @@ use std::time::Duration;
 use v4_proto::{Fault, ModelName};
 
 use super::{
-    Ask, AskId, Blocker, Decision, Effect, Event, Hold, Kind, Model, Rules, State, Time, key, step,
-    worth::Worth,
+    Ask, AskId, Blocker, Decision, DeviceId, Effect, Event, HOST, Hold, Kind, Model, Rules, State,
+    Time, key, step, worth::Worth,
 };
-use crate::{KeepAlive, Target, limits};
+use crate::{KeepAlive, Target};
 
 /// Bytes of a model by what they are for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub struct Parts {
     pub weights: u64,
     /// Keys and values of all sequences.
     pub kv: u64,
-    /// Activations, logits and the process.
+    /// Activations, logits and the process, and what devices need twice.
     pub scratch: u64,
 }
 
@@ -28,11 +28,9 @@ impl Parts {
         let info = model.target.info.as_ref();
         let per_token = info.map_or(0, |info| rules.kv_type.bytes(info.kv_bytes_per_token));
         let tokens = u64::from(model.context) * u64::from(model.slots);
-        Self {
-            weights: info.map_or(0, |info| info.weight_bytes),
-            kv: per_token.saturating_mul(tokens),
-            scratch: limits::SCRATCH_BYTES,
-        }
+        let weights = info.map_or(0, |info| info.weight_bytes);
+        let kv = per_token.saturating_mul(tokens);
+        Self { weights, kv, scratch: model.bytes.saturating_sub(weights.saturating_add(kv)) }
     }
 
     /// All of it.
@@ -78,6 +76,8 @@ pub struct Resident {
     pub bytes: u64,
     /// By what they were planned for.
     pub parts: Parts,
+    /// Where they are, if there is a choice.
+    pub place: Option<String>,
     /// Answers that it is giving.
     pub n_running: usize,
     /// Whether it is pinned.
@@ -86,6 +86,23 @@ pub struct Resident {
     pub worth: Worth,
     /// Why it would leave.
     pub leaves: Option<Decision>,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceLine {
+    /// What it is called here.
+    pub id: DeviceId,
+    /// What it is sold as; nothing for the host.
+    pub name: Option<String>,
+    /// Bytes that models may take of it.
+    pub budget_bytes: u64,
+    /// Bytes that are taken or promised.
+    pub used_bytes: u64,
+    /// Bytes that other programs have; those of the host's are not counted.
+    pub others_bytes: u64,
+    /// Why no model lies there, if none may.
+    pub why_not: Option<&'static str>,
 }
 
 /// What would happen.
@@ -97,6 +114,8 @@ pub struct Plan {
     pub outcome: Outcome,
     /// Bytes that it needs; nothing where it cannot fit.
     pub parts: Option<Parts>,
+    /// Where it would lie, if there is a choice.
+    pub place: Option<String>,
     /// Tokens of context a sequence gets, and sequences.
     pub context: u32,
     /// Sequences at a time.
@@ -105,10 +124,10 @@ pub struct Plan {
     pub wake: Duration,
     /// Whether a load of it was measured.
     pub is_measured: bool,
-    /// Bytes that models may take.
-    pub budget_bytes: u64,
-    /// Bytes that are taken or promised.
-    pub used_bytes: u64,
+    /// The host, then the other devices.
+    pub devices: Vec<DeviceLine>,
+    /// What drivers complain of.
+    pub complaints: Vec<String>,
     /// What is in memory, what would leave first.
     pub resident: Vec<Resident>,
 }
@@ -132,19 +151,44 @@ pub fn preview(state: &State, target: &Target, now: Time) -> Plan {
     let event = Event::Ask { ask, target: Box::new(target.clone()), hold: Hold::default() };
     let effects = step(&mut copy, event, now);
     let model = state.fit(target.clone(), Hold::default()).ok();
+    let loads =
+        copy.names.get(&own).and_then(|name| copy.runners.get(&name.runner?)?.model.clone());
+    let place = loads.as_deref().or(model.as_ref()).and_then(|model| state.place_of(model));
     let habit = state.habits.get(&own);
     Plan {
         name: target.name.clone(),
         outcome: outcome(&before, &copy, &own, &effects),
         parts: model.as_ref().map(|model| Parts::of(&state.rules, model)),
+        place,
         context: model.as_ref().map_or(0, |model| model.context),
         slots: model.as_ref().map_or(0, |model| model.slots),
         wake: state.habits.wake(&own, model.as_ref().map_or(0, |model| model.bytes)),
         is_measured: habit.is_some_and(super::habit::Habit::is_measured),
-        budget_bytes: state.budget_bytes(),
-        used_bytes: state.used_bytes(),
+        devices: devices(state),
+        complaints: state.devices.complaints().to_vec(),
         resident: residents(state, &copy, &effects, now),
     }
+}
+
+fn devices(state: &State) -> Vec<DeviceLine> {
+    let used = state.used();
+    let host = DeviceLine {
+        id: HOST.into(),
+        name: None,
+        budget_bytes: state.budget_bytes(),
+        used_bytes: used.of(HOST),
+        others_bytes: 0,
+        why_not: None,
+    };
+    let gpus = state.devices.all().map(|device| DeviceLine {
+        id: device.id.clone(),
+        name: Some(device.gpu.name.clone()),
+        budget_bytes: device.budget_bytes(),
+        used_bytes: used.of(&device.id),
+        others_bytes: device.others_bytes(),
+        why_not: device.why_not(),
+    });
+    std::iter::once(host).chain(gpus).collect()
 }
 
 /// What came of the ask, by what it led to and where its name stands.
@@ -195,6 +239,7 @@ fn residents(state: &State, after: &State, effects: &[Effect], now: Time) -> Vec
                 name: model.target.name.clone(),
                 bytes: runner.bytes,
                 parts: Parts::of(&state.rules, model),
+                place: state.place_of(model),
                 n_running: runner.n_running(),
                 pinned: state.rules.models.of(&own).pinned,
                 worth,

@@ -1,6 +1,6 @@
 //! The rules as tables, then random histories against a world that plays all runners.
 
-use v4_proto::{Ability, Digest};
+use v4_proto::{Ability, Digest, Layout, ModelInfo};
 
 use super::*;
 
@@ -18,6 +18,7 @@ fn info(weight_bytes: u64) -> ModelInfo {
         n_layers: 1,
         weight_bytes,
         kv_bytes_per_token: 0,
+        layout: Layout::default(),
         abilities: vec![Ability::Completion],
     }
 }
@@ -294,10 +295,10 @@ fn a_model_that_cannot_fit_is_refused_and_fewer_slots_are_tried_first() {
     story.ask(1, ("a", 1001), "fail #1 OutOfMemory");
     let mut fits_once = target("b", 500);
     fits_once.info.as_mut().expect("set").kv_bytes_per_token = 400 * MIB / 1024;
-    let model = rules().fit(fits_once.clone(), Hold::default(), 0).expect("one fits");
+    let model = State::new(rules()).fit(fits_once.clone(), Hold::default()).expect("one fits");
     assert_eq!((model.slots, model.context, model.bytes), (1, 1024, 900 * MIB));
     let smaller = Rules { kv_type: KvType::Q8_0, ..rules() };
-    let model = smaller.fit(fits_once, Hold::default(), 0).expect("both sequences fit");
+    let model = State::new(smaller).fit(fits_once, Hold::default()).expect("both sequences fit");
     assert_eq!((model.slots, model.bytes), (2, 925 * MIB));
 }
 
@@ -576,6 +577,8 @@ fn each_runner_has_a_core_even_where_there_are_too_few() {
     story.loaded(2, 300, "send 2 #2");
 }
 
+mod gpus;
+mod places;
 mod rules;
 mod swaps;
 

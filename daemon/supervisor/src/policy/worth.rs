@@ -15,7 +15,7 @@ use std::{cmp::Ordering, collections::BTreeSet, fmt, time::Duration};
 
 use v4_proto::ModelName;
 
-use super::{Model, Name, Phase, Runner, RunnerId, State, Time, habit::Habit, key};
+use super::{Model, Name, Phase, Runner, RunnerId, Spread, State, Time, habit::Habit, key};
 use crate::limits;
 
 /// What a model's memory is worth: the figures of (bytes x idle) / (wake time x probability).
@@ -97,7 +97,7 @@ pub(super) struct Victim {
     pub runner: RunnerId,
     pub name: ModelName,
     /// What it gives back.
-    pub bytes: u64,
+    pub held: Spread,
     /// Whether it has answers to finish.
     pub is_busy: bool,
     /// When its quantum ends; maybe in the past.
@@ -116,7 +116,7 @@ impl Victim {
         Self {
             runner: id,
             name: model.target.name.clone(),
-            bytes: runner.bytes,
+            held: runner.held.clone(),
             is_busy,
             kept_until: Time::ZERO,
             priority: state.rules.models.of(&own).priority,
@@ -134,6 +134,9 @@ impl Victim {
     }
 }
 
+/// Whether the memory that is given back makes the place that somebody waits for.
+pub(super) type Enough<'a> = &'a dyn Fn(&Spread) -> bool;
+
 /// Whether a runner may be told to leave for the sake of another name's model.
 pub(super) fn may_leave(state: &State, id: RunnerId, runner: &Runner) -> bool {
     let is_pinned = runner.model.as_ref().is_some_and(|model| state.is_pinned(model));
@@ -143,15 +146,15 @@ pub(super) fn may_leave(state: &State, id: RunnerId, runner: &Runner) -> bool {
         && !state.names.values().any(|name| name.next == Some(id))
 }
 
-/// Finds `missing` bytes for the name `wanting` among the other names' runners, but for those that
-/// are `claimed` already: first of all its `foes`, with which it is never in memory, then idle
-/// ones first, then busy ones, then those that have a quantum, the one
-/// that ends first before the others; of each kind the least worth keeping first. Fewer bytes where
-/// there are no more.
+/// Finds memory for the name `wanting`, until what is given back is `enough`, among the other
+/// names' runners, but for those that are `claimed` already: first of all its `foes`, with which it
+/// is never in memory, then idle ones first, then busy ones, then those that have a quantum, the
+/// one that ends first before the others; of each kind the least worth keeping first. All there are
+/// where that is not enough.
 pub(super) fn choose(
     state: &State,
     wanting: &str,
-    (missing, foes): (u64, &BTreeSet<RunnerId>),
+    (enough, foes): (Enough<'_>, &BTreeSet<RunnerId>),
     claimed: &BTreeSet<RunnerId>,
     now: Time,
 ) -> Vec<Victim> {
@@ -169,18 +172,24 @@ pub(super) fn choose(
     let kind = |victim: &Victim| (is_mate(victim), victim.kept_until.max(now), victim.is_busy);
     victims.sort_by(|a, b| kind(a).cmp(&kind(b)).then_with(|| a.by_worth(b)));
     victims.sort_by_key(|victim| !foes.contains(&victim.runner));
-    let mut found = 0_u64;
+    let mut found = Spread::default();
+    let mut is_enough = enough(&found);
     let is_needed = |victim: &Victim| {
-        let is_needed = found < missing || foes.contains(&victim.runner);
-        found = found.saturating_add(if is_needed { victim.bytes } else { 0 });
+        let is_needed = !is_enough || foes.contains(&victim.runner);
+        if is_needed {
+            found = std::mem::take(&mut found).plus(&victim.held);
+            is_enough = is_enough || enough(&found);
+        }
         is_needed
     };
     let mut chosen: Vec<Victim> = victims.into_iter().take_while(is_needed).collect();
-    // A large one found late may make others needless: the most worth keeping is let off first.
+    // A large one found late may make others needless, as one on the right device does: the most
+    // worth keeping is let off first.
     for at in (0..chosen.len()).rev() {
-        let is_foe = foes.contains(&chosen[at].runner);
-        if !is_foe && found.saturating_sub(chosen[at].bytes) >= missing {
-            found -= chosen.remove(at).bytes;
+        let without = found.clone().minus(&chosen[at].held);
+        if !foes.contains(&chosen[at].runner) && enough(&without) {
+            found = without;
+            chosen.remove(at);
         }
     }
     chosen

@@ -28,6 +28,7 @@ pub fn info() -> ModelInfo {
         n_layers: 1,
         weight_bytes: BYTES - limits::SCRATCH_BYTES,
         kv_bytes_per_token: 0,
+        layout: Layout::default(),
         abilities: Vec::new(),
     }
 }
@@ -38,7 +39,9 @@ fn runner() {
     let args: Vec<String> = std::env::args().collect();
     let Some(at) = args.iter().position(|arg| arg == MARK) else { return };
     let stdin = std::io::stdin().as_fd().try_clone_to_owned().expect("standard input");
-    let mut fake = Fake { socket: stdin.into(), model: String::new(), waiting: Vec::new() };
+    let gpus = args[at + 1].strip_prefix("gpus in ").map(PathBuf::from);
+    let (socket, model, waiting) = (stdin.into(), String::new(), Vec::new());
+    let mut fake = Fake { socket, model, on_gpus: None, gpus, waiting };
     let mut stderr = std::io::stderr();
     match args[at + 1].as_str() {
         "talk" => {
@@ -56,9 +59,19 @@ fn runner() {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "a test writes what a driver would say")]
+fn inventory_in(path: &std::path::Path) -> Inventory {
+    let bytes = std::fs::read(path).expect("the test has written it");
+    serde_json::from_slice(&bytes).expect("an inventory")
+}
+
 struct Fake {
     socket: UnixStream,
     model: String,
+    /// Where it was told to put it.
+    on_gpus: Option<frame::OnGpus>,
+    /// The file that says which GPUs there are.
+    gpus: Option<PathBuf>,
     /// Requests that wait for a cancel or a drain, and what a drain makes them say.
     waiting: Vec<(u64, Option<&'static str>)>,
 }
@@ -86,6 +99,7 @@ impl Fake {
                 if self.model == "bad" {
                     return self.give_up();
                 }
+                self.on_gpus = options.on_gpus;
                 self.say(&FromRunner::Progress { stage: Stage::Weights, done: 1, total: 2 });
                 let context = options.context;
                 self.say(&FromRunner::Ready { info: info(), context, memory_bytes: BYTES });
@@ -115,6 +129,11 @@ impl Fake {
                 }
             }
             ToRunner::Cores { .. } => {}
+            ToRunner::Devices => {
+                let inventory = self.gpus.as_ref().map(|path| inventory_in(path));
+                let inventory = inventory.unwrap_or_default();
+                self.say(&FromRunner::Devices { inventory });
+            }
             ToRunner::Drain { .. } => {
                 for (id, last_words) in std::mem::take(&mut self.waiting) {
                     if let Some(text) = last_words {
@@ -166,6 +185,10 @@ impl Fake {
         } else {
             match prompt {
                 "which" => self.delta(id, &self.model.clone()),
+                "where" => {
+                    let text = serde_json::to_string(&self.on_gpus).expect("encodes");
+                    self.delta(id, &text);
+                }
                 "pid" => self.delta(id, &std::process::id().to_string()),
                 "wait" => return self.waiting.push((id, None)),
                 "wait for echo" => return self.waiting.push((id, Some("finished"))),

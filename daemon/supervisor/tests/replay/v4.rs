@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use v4_proto::{Ability, Digest, ModelFiles, ModelInfo, frame::KvType};
+use v4_proto::{Ability, Digest, Layout, ModelFiles, ModelInfo, frame::KvType};
 use v4_supervisor::{
     KeepAlive, Target,
     policy::{Ask, Cause, Effect, Event, Hold, Kind, ModelTable, Rules, State, step},
@@ -48,6 +48,7 @@ impl<'a> V4<'a> {
             n_layers: 1,
             weight_bytes: (self.trace.models[&line.model].mib - SCRATCH_MIB) << 20,
             kv_bytes_per_token: 0,
+            layout: Layout::default(),
             abilities: vec![Ability::Completion],
         };
         let target = Target {

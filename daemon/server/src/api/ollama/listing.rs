@@ -89,6 +89,9 @@ struct Running {
     expires_at: String,
     size_vram: u64,
     context_length: u32,
+    /// v4's own: on which devices it lies, if there is a choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    placement: Option<String>,
     /// v4's own: `loading`, `ready` or `draining`.
     state: &'static str,
     /// v4's own: why the last attempt to replace it failed.
@@ -111,9 +114,9 @@ pub fn ps(models: Vec<Loaded>, now: Timestamp) -> Vec<u8> {
                 State::Draining => clock::local(now.into()),
                 State::Loading | State::Ready => clock::expiry(loaded.expires, now),
             },
-            // This build computes on the CPU alone.
-            size_vram: 0,
+            size_vram: loaded.gpu_bytes,
             context_length: loaded.context,
+            placement: loaded.place,
             state: match loaded.state {
                 State::Loading => "loading",
                 State::Ready => "ready",

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
-use v4_supervisor::policy::{Decision, Outcome, Parts, Plan, Resident};
+use v4_supervisor::policy::{Decision, DeviceLine, Outcome, Parts, Plan, Resident};
 
 use crate::{api::bytes, ops::plan::Why};
 
@@ -14,11 +14,13 @@ struct PlanBody {
     outcome: &'static str,
     reason: Option<String>,
     bytes: Option<Bytes>,
+    placement: Option<String>,
     context: u32,
     slots: u32,
     wake_ms: u64,
     is_measured: bool,
-    devices: [Device; 1],
+    devices: Vec<Device>,
+    complaints: Vec<String>,
     loaded: Vec<Loaded>,
 }
 
@@ -39,9 +41,26 @@ impl From<Parts> for Bytes {
 
 #[derive(Serialize)]
 struct Device {
-    name: &'static str,
+    name: String,
+    product: Option<String>,
     budget_bytes: u64,
     used_bytes: u64,
+    others_bytes: u64,
+    /// Why no model lies there.
+    reason: Option<&'static str>,
+}
+
+impl From<DeviceLine> for Device {
+    fn from(it: DeviceLine) -> Self {
+        Self {
+            name: it.id.to_string(),
+            product: it.name,
+            budget_bytes: it.budget_bytes,
+            used_bytes: it.used_bytes,
+            others_bytes: it.others_bytes,
+            reason: it.why_not,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -49,6 +68,7 @@ struct Loaded {
     model: String,
     size: u64,
     bytes: Bytes,
+    placement: Option<String>,
     running: usize,
     pinned: bool,
     idle_ms: u64,
@@ -65,6 +85,7 @@ impl From<Resident> for Loaded {
             model: it.name.to_string(),
             size: it.bytes,
             bytes: it.parts.into(),
+            placement: it.place,
             running: it.n_running,
             pinned: it.pinned,
             idle_ms: ms(it.worth.idle),
@@ -88,18 +109,18 @@ pub fn plan(plan: Plan) -> Vec<u8> {
         Outcome::Wait(decision) => Some(decision.to_string()),
         Outcome::Serve | Outcome::Queue | Outcome::Load => None,
     };
-    let (budget_bytes, used_bytes) = (plan.budget_bytes, plan.used_bytes);
     bytes(&PlanBody {
         model: plan.name.to_string(),
         outcome: plan.outcome.word(),
         reason,
         bytes: plan.parts.map(Bytes::from),
+        placement: plan.place,
         context: plan.context,
         slots: plan.slots,
         wake_ms: ms(plan.wake),
         is_measured: plan.is_measured,
-        // This build computes on the CPU alone.
-        devices: [Device { name: "cpu", budget_bytes, used_bytes }],
+        devices: plan.devices.into_iter().map(Device::from).collect(),
+        complaints: plan.complaints,
         loaded: plan.resident.into_iter().map(Loaded::from).collect(),
     })
 }

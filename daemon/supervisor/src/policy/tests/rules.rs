@@ -138,7 +138,8 @@ fn a_plan_is_what_happens_and_changes_nothing() {
     let larger = plan(&story, "c", 300);
     assert_eq!(larger.outcome, Outcome::Load);
     assert_eq!(larger.parts.expect("it fits").total(), 300 * MIB);
-    assert_eq!((larger.budget_bytes, larger.used_bytes), (1000 * MIB, 900 * MIB));
+    let host = &larger.devices[0];
+    assert_eq!((host.budget_bytes, host.used_bytes), (1000 * MIB, 900 * MIB));
     let leaves: Vec<_> = larger.resident.iter().filter(|it| it.leaves.is_some()).collect();
     assert_eq!(leaves.len(), 1);
     assert_eq!(leaves[0].name.to_string(), "a:latest");
