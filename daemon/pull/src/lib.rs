@@ -27,7 +27,7 @@ mod write;
 
 pub use error::PullError;
 pub use jobs::{
-    Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Upstream, Watch, Wish,
+    Catalog, Change, Inspecting, Inspector, Jobs, Order, PullConfig, Running, Upstream, Watch, Wish,
 };
 pub use progress::{FileProgress, Progress, Stage};
 pub use recipe::{Location, Origin, Part, PeerBlob, Recipe, RecipeFile, RegistryBlob};

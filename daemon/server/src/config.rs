@@ -38,6 +38,8 @@ pub struct Given {
     pub listen: Option<String>,
     /// The log goes to a file in the home unless something else says where.
     pub background: bool,
+    /// The daemon that runs on this home gives its place up.
+    pub replace: bool,
 }
 
 /// When a change of a setting counts.
@@ -404,6 +406,11 @@ impl Config {
         let place = place(given, variables)?;
         let config = Self::of(place, next.models, next.origin)?;
         Ok(Again { config, changed, at_start })
+    }
+
+    /// Whether the daemon that runs on this home gives its place up.
+    pub fn replaces(&self) -> bool {
+        self.origin.given.replace
     }
 
     /// What the store may take.

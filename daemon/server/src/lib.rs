@@ -28,14 +28,16 @@ mod ops;
 mod options;
 mod otel;
 mod patience;
+mod replace;
 mod routes;
+mod uses;
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     runtime::Builder,
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
 };
 use v4_pull::{Jobs, PullConfig};
 use v4_store::Store;
@@ -48,8 +50,9 @@ use crate::{
     daemon::Daemon,
     guard::Guard,
     keys::Keys,
-    listen::{Listeners, Times},
+    listen::{Listeners, Server, Times},
     ops::generate,
+    replace::take::Rest,
     routes::Service,
 };
 
@@ -60,7 +63,8 @@ use crate::{
 /// Why it did not start: another daemon has the home, another program the port, and the like.
 pub fn serve(config: Config) -> Result<(), Error> {
     log::start(&config)?;
-    let store = Arc::new(Store::open(&config.home)?);
+    // Before there are threads: another daemon of this home ends this one here.
+    let store = if config.replaces() { None } else { Some(Arc::new(Store::open(&config.home)?)) };
     let runtime = Builder::new_multi_thread()
         .worker_threads(limits::WORKER_THREADS)
         .max_blocking_threads(limits::BLOCKING_THREADS)
@@ -73,14 +77,40 @@ pub fn serve(config: Config) -> Result<(), Error> {
     result
 }
 
-async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
-    let stops = stops()?;
+/// What a daemon needs of the system: its store and its listeners, and what another one that it
+/// replaces still has.
+struct Place {
+    store: Arc<Store>,
+    listeners: Listeners,
+    rest: Option<Rest>,
+}
+
+/// A home and listeners: of our own, or those of the daemon that is replaced.
+async fn place(config: &mut Config, store: Option<Arc<Store>>) -> Result<Place, Error> {
+    if store.is_none()
+        && let Some(left) = replace::take::take(config).await?
+    {
+        // Else it is a share of what is free now, which lacks what the old one still has.
+        config.memory = config.memory.or(Some(left.budget_bytes));
+        let (store, listeners, rest) = left.split();
+        return Ok(Place { store, listeners, rest: Some(rest) });
+    }
+    let store = match store {
+        Some(store) => store,
+        None => Arc::new(Store::open(&config.home)?),
+    };
     let tcp = match config.listen {
         Some(address) => Some(listen::tcp(address).await?),
         None => None,
     };
     let unix = listen::unix(&config.socket)?;
-    let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
+    Ok(Place { store, listeners: Listeners { tcp, unix }, rest: None })
+}
+
+async fn run(mut config: Config, store: Option<Arc<Store>>) -> Result<(), Error> {
+    let stops = stops()?;
+    let Place { store, listeners, rest } = place(&mut config, store).await?;
+    let bound = listeners.tcp.as_ref().and_then(|listener| listener.local_addr().ok());
     let is_far = bound.is_some_and(|address| !address.ip().is_loopback());
     let keys = Arc::new(Keys::open(config.keys.as_deref(), is_far)?);
     if keys.shuts_out() {
@@ -94,24 +124,62 @@ async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
         daemon.listen.get_or_init(|| address);
     }
     let service = Service::new(Arc::clone(&daemon), guard(bound), limits::BODY_STALL);
-    let (home, socket) = (config.home.display(), config.socket.display());
-    let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
     for one in &config.origin.ignored {
         let config::Ignored { variable, value, why } = one;
         tracing::warn!(variable, value, why, "a variable of Ollama changes nothing here");
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), %home, listen = tcp_text, %socket, "ready");
     reload_on_hangup(Arc::clone(&daemon))?;
-    preload(&daemon);
-    let listeners = Listeners { tcp, unix };
-    let (first, second) = (nth(stops.clone(), 1), nth(stops, 2));
-    listen::serve(Arc::new(service), listeners, Times::default(), first, second).await;
-    daemon.supervisor.shutdown(Duration::ZERO).await;
-    if let Err(error) = v4_store::fs::remove_socket(&config.socket) {
-        tracing::debug!(%error, "the socket stays behind");
+    let server = Server::new(Arc::new(service), Times::default());
+    let (connections, is_heir) = (server.giver(), rest.is_some());
+    if let Some(rest) = rest {
+        rest.settle(&daemon, connections).await?;
     }
+    let (home, socket) = (config.home.display(), config.socket.display());
+    let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, %home, listen = tcp_text, %socket, is_heir, "ready");
+    preload(&daemon);
+    serve_on(server, listeners, &daemon, stops).await;
+    daemon.supervisor.shutdown(Duration::ZERO).await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Serves until the daemon is told to stop, or another one has taken its place and the last answer
+/// has ended.
+async fn serve_on(
+    mut server: Server,
+    listeners: Listeners,
+    daemon: &Arc<Daemon>,
+    stops: watch::Receiver<u32>,
+) {
+    let (sender, mut handovers) = mpsc::channel(1);
+    daemon.handovers.get_or_init(|| sender);
+    let mut first = pin!(nth(stops.clone(), 1));
+    loop {
+        let next = async {
+            tokio::select! {
+                () = &mut first => None,
+                channel = handovers.recv() => channel,
+            }
+        };
+        let Some(channel) = server.serve(&listeners, next).await else {
+            drop(listeners);
+            server.end(nth(stops, 2)).await;
+            break;
+        };
+        match replace::give::give(&mut server, &listeners, daemon, channel).await {
+            Ok(heir) => {
+                // The socket's path is the new one's now.
+                drop(listeners);
+                return heir.outlive(&mut server, daemon, first).await;
+            }
+            Err(refusal) => tracing::warn!(%refusal, "this v4 is not replaced and serves on"),
+        }
+    }
+    if let Err(error) = v4_store::fs::remove_socket(&daemon.config().socket) {
+        tracing::debug!(%error, "the socket stays behind");
+    }
 }
 
 /// The parts of a daemon with these settings.

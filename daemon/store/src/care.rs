@@ -113,7 +113,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn prune(&self, partials: bool) -> Result<u64, StoreError> {
         let tree = &self.tree;
-        let change = self.lock_changes();
+        let change = self.lock_changes()?;
         let before: u64 = tree.blobs()?.into_iter().map(|(_, len)| len).sum();
         tree.forget_deleted(true)?;
         let all: Vec<Digest> = tree.blobs()?.into_iter().map(|(digest, _)| digest).collect();
@@ -225,7 +225,7 @@ impl Store {
         let good: Vec<blob::Piece> = self.good_chunks(digest)?.into_iter().flatten().collect();
         let saved = good.iter().map(|piece| piece.range.end - piece.range.start).sum();
         if saved > 0 {
-            let _change = self.lock_changes();
+            let _change = self.lock_changes()?;
             blob::begin(&place, &path, &good)?;
         }
         Ok(saved)

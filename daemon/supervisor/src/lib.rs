@@ -216,6 +216,13 @@ impl Supervisor {
         self.ask(self.next_id(), target, Terms::default(), Work::Swap).await.map(|_| true)
     }
 
+    /// Says how many bytes another process holds that is about to leave: no model gets them before.
+    pub fn hold_back(&self, bytes: u64) {
+        if self.tell(Message::HoldBack(bytes)).is_err() {
+            tracing::debug!(bytes, "the supervisor does not hear what is held back");
+        }
+    }
+
     /// Refuses new work, lets running answers end until `deadline` from now, and ends all runners.
     pub async fn shutdown(&self, deadline: Duration) {
         let (reply, answer) = oneshot::channel();

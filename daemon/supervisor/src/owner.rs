@@ -73,6 +73,8 @@ pub(crate) enum Message {
         name: ModelName,
         reply: oneshot::Sender<Vec<(SystemTime, Decision)>>,
     },
+    /// Bytes that another process holds.
+    HoldBack(u64),
     Shutdown {
         deadline: Duration,
         reply: oneshot::Sender<()>,
@@ -200,6 +202,7 @@ impl Owner {
             Message::Why { name, reply } => {
                 let _ = reply.send(self.why(&name));
             }
+            Message::HoldBack(bytes) => self.step(Event::HoldBack(bytes)),
             Message::Shutdown { deadline, reply } => {
                 self.closers.push(reply);
                 self.step(Event::Shutdown { deadline });

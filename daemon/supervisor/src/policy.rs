@@ -285,6 +285,8 @@ pub enum Event {
     },
     /// Somebody wants a model out of memory.
     Unload(ModelName),
+    /// Another process, which is about to leave, holds so many bytes.
+    HoldBack(u64),
     /// The daemon ends.
     Shutdown {
         /// What running answers get.
@@ -652,6 +654,8 @@ pub struct State {
     history: History,
     /// When a model's quantum ends that somebody waits for.
     quantum_ends: Option<Time>,
+    /// Bytes that another process holds, which is about to leave.
+    held_back: u64,
     next_runner: RunnerId,
     spare_retry_at: Time,
     spare_deaths: u32,
@@ -669,6 +673,7 @@ impl State {
             habits: Habits::default(),
             history: History::default(),
             quantum_ends: None,
+            held_back: 0,
             next_runner: 1,
             spare_retry_at: Time::ZERO,
             spare_deaths: 0,
@@ -745,7 +750,7 @@ impl State {
 
     /// Bytes that are taken or promised to a load that has begun.
     pub fn used_bytes(&self) -> u64 {
-        self.runners.values().map(|runner| runner.bytes).fold(0, u64::saturating_add)
+        self.runners.values().map(|runner| runner.bytes).fold(self.held_back, u64::saturating_add)
     }
 
     /// When [`Event::Tick`] is due at the latest: maybe in the past, if the last step was long ago.
@@ -792,6 +797,7 @@ pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
         Event::Ended { runner, ask } => ended(state, runner, ask, &mut turn),
         Event::Gone { runner, cause, begun } => gone(state, runner, cause, &begun, &mut turn),
         Event::Unload(name) => unload(state, &name),
+        Event::HoldBack(bytes) => state.held_back = bytes,
         Event::Shutdown { deadline } => shutdown(state, deadline, &mut turn),
         Event::Tick => {}
     }

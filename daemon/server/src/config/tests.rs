@@ -109,8 +109,12 @@ fn every_variable_is_honoured_and_switches_come_first() {
     for (setting, said) in SETTINGS.iter().zip(&config.origin.said) {
         assert_eq!(said.source, Source::Variable(setting.variable));
     }
-    let given =
-        Given { home: Some("/g".into()), listen: Some("0.0.0.0:80".to_owned()), background: true };
+    let given = Given {
+        home: Some("/g".into()),
+        listen: Some("0.0.0.0:80".to_owned()),
+        background: true,
+        ..Given::default()
+    };
     let config = load(&given, &[("V4_HOME", "/h"), ("V4_LISTEN", "1")]).expect("valid");
     assert_eq!(config.home, PathBuf::from("/g"));
     assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));

@@ -15,6 +15,7 @@ use crate::{
     ops::models::{self, Model, Wanted},
     options::Options,
     otel::Trace,
+    uses::Use,
 };
 
 /// What a surface asks of a model.
@@ -177,15 +178,17 @@ pub async fn load(daemon: &Daemon, name: &ModelName) -> Result<(), Fault> {
         truncate: true,
         caller: Caller::default(),
     };
-    start(daemon, ask).await.map(drop)
+    let used = daemon.uses.begin(false).await?;
+    start(daemon, ask, used).await.map(drop)
 }
 
-/// Does what is asked, up to the first event of the answer.
+/// Does what is asked, up to the first event of the answer. The store is no longer `used` when the
+/// supervisor has the request, which may wait there.
 ///
 /// # Errors
 /// `not_found`, `unsupported` where the model lacks an ability, and what the supervisor or the
 /// runner says.
-pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
+pub async fn start(daemon: &Daemon, mut ask: Ask, used: Use) -> Result<Started, Fault> {
     let asked = Instant::now();
     let config = daemon.config();
     ask.truncate &= config.truncate;
@@ -196,6 +199,7 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     }
     let info = models::info(daemon, &model).await?;
     let target = model.target(Some(info.clone()));
+    drop(used);
     let of_model = config.model(&model.record.name).and_then(|table| table.keep_alive);
     let keep_alive = ask.keep_alive.or(of_model).or(Some(config.keep_alive));
     let terms = Terms { keep_alive, caller: ask.caller.clone() };

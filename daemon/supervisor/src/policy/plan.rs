@@ -177,7 +177,7 @@ impl Room {
         Self {
             budget: state.rules.budget_bytes,
             used: state.used_bytes(),
-            coming: coming.map(|runner| runner.bytes).fold(0, u64::saturating_add),
+            coming: coming.map(|runner| runner.bytes).fold(state.held_back, u64::saturating_add),
             promised: 0,
         }
     }

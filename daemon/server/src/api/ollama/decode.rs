@@ -237,6 +237,14 @@ pub fn delete(bytes: &[u8]) -> Result<Wanted, Fault> {
     json::parse::<Named>(bytes)?.wanted()
 }
 
+/// `/api/replace`.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn replace(bytes: &[u8]) -> Result<crate::replace::Request, Fault> {
+    json::parse(bytes)
+}
+
 /// `/api/pull`.
 #[derive(Debug, PartialEq)]
 pub struct Pull {

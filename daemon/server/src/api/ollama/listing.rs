@@ -176,6 +176,7 @@ pub fn pulls(running: &[v4_pull::Running], limit_rate: Option<NonZeroU64>) -> Ve
             Stage::Verifying => "verifying sha256 digest".to_owned(),
             Stage::Writing => "writing manifest".to_owned(),
             Stage::Done { .. } => "success".to_owned(),
+            Stage::Moved => "moved to the new v4".to_owned(),
             Stage::Failed(fault) => fault.message.clone(),
         },
         completed: one.progress.files.iter().map(|file| file.completed).sum(),
