@@ -745,3 +745,21 @@ fn a_home_is_given_to_another_daemon_and_taken_back() {
     assert!(old.remove(&name("kept")).unwrap());
     assert_eq!(old.blob(&sha256(b"two")).unwrap(), None, "it was still to be collected");
 }
+
+#[test]
+fn what_runners_keep_of_conversations_is_counted_by_itself() {
+    let (_folder, store) = home();
+    put(&store, "m", &[b"one"]);
+    let before = store.usage().unwrap();
+    assert_eq!(before.kv_bytes, 0);
+    for (model, file, len) in [("sha256-a", "x-1", 5), ("sha256-a", "x-2", 7), ("sha256-b", "y", 9)]
+    {
+        let folder = store.home().join("kv").join(model);
+        fs::bind_dir(&folder).unwrap();
+        let mut file = RealFs.open(&folder.join(file)).unwrap();
+        file.write_all(&vec![1; len]).unwrap();
+    }
+    let after = store.usage().unwrap();
+    assert_eq!((after.kv_bytes, after.total_bytes - before.total_bytes), (21, 21));
+    assert_eq!(after.orphan_bytes, 0);
+}

@@ -193,6 +193,7 @@ struct Costs {
     orphans: u64,
     deleted: u64,
     partials: u64,
+    kv: u64,
     total: u64,
 }
 
@@ -204,7 +205,8 @@ struct OneCost {
 }
 
 /// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, that only
-/// deleted names have, of downloads that are not done, and of everything once.
+/// deleted names have, of downloads that are not done, of idle conversations, and of everything
+/// once.
 pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
     let cost = |one: &v4_store::Cost| OneCost {
         name: one.name.to_string(),
@@ -216,6 +218,7 @@ pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
         orphans: usage.orphan_bytes,
         deleted: usage.deleted_bytes,
         partials: usage.partial_bytes,
+        kv: usage.kv_bytes,
         total: usage.total_bytes,
     })
 }
