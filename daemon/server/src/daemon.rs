@@ -88,6 +88,7 @@ impl Daemon {
             self.jobs.set_rate(config.limit_rate);
         }
         self.jobs.set_peers(&config.peers);
+        self.supervisor.reload(&config.supervisor(), again.changed.contains(&"memory"));
         log::set_level(config.log);
         let next = Arc::new(config.clone());
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = next;

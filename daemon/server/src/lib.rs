@@ -27,6 +27,7 @@ mod log;
 mod ops;
 mod options;
 mod otel;
+mod parent;
 mod patience;
 mod replace;
 mod routes;
@@ -41,7 +42,7 @@ use tokio::{
 };
 use v4_pull::{Jobs, PullConfig};
 use v4_store::Store;
-use v4_supervisor::{KvFolder, Supervisor, SupervisorConfig};
+use v4_supervisor::Supervisor;
 
 pub use config::{Config, DEFAULT_PORT, Given};
 pub use error::Error;
@@ -172,7 +173,10 @@ async fn serve_on(
             Ok(heir) => {
                 // The socket's path is the new one's now.
                 drop(listeners);
-                return heir.outlive(&mut server, daemon, first).await;
+                if heir.outlive(&mut server, daemon, first).await {
+                    server.end(nth(stops, 2)).await;
+                }
+                return;
             }
             Err(refusal) => tracing::warn!(%refusal, "this v4 is not replaced and serves on"),
         }
@@ -184,25 +188,8 @@ async fn serve_on(
 
 /// The parts of a daemon with these settings.
 fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
-    let base = SupervisorConfig::default();
-    let supervisor = SupervisorConfig {
-        keep_alive: config.keep_alive,
-        max_queue: config.max_queue,
-        memory_bytes: config.memory,
-        context: config.context,
-        slots: config.slots,
-        threads: config.threads,
-        kv_type: config.kv_type,
-        precision: config.precision,
-        kv_disk: config.kv_disk.map(|quota_bytes| KvFolder {
-            path: config.home.join(v4_store::KV_FOLDER),
-            quota_bytes,
-        }),
-        models: config.model_rules(),
-        ..base
-    };
     store.set_quota(config.store_quota());
-    let supervisor = Supervisor::start(&supervisor, Arc::clone(&store));
+    let supervisor = Supervisor::start(&config.supervisor(), Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {
         pull.index_url.clone_from(url);
@@ -226,7 +213,8 @@ fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
     let mut daemon = Daemon::new(config.clone(), store, jobs, supervisor);
     daemon.keys = keys;
-    daemon.exporter = config.otlp.as_deref().map(otel::Exporter::start);
+    daemon.exporter =
+        config.otlp.as_deref().map(|url| otel::Exporter::start(url, config.otlp_headers.clone()));
     daemon
 }
 

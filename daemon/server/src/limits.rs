@@ -107,6 +107,9 @@ pub const SPANS: usize = 4096;
 /// Spans that are sent together.
 pub const SPAN_BATCH: usize = 256;
 
+/// Bytes of what the systems of a trace say to each other; W3C has them keep 512.
+pub const TRACE_STATE_BYTES: usize = 512;
+
 /// How long a span waits for others.
 pub const SPAN_WAIT: Duration = Duration::from_millis(500);
 

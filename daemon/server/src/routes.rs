@@ -39,7 +39,9 @@ use crate::{
         generate::{self, Ask, Running, Started, Step},
         import, metrics, models, plan, ps, pull,
     },
-    options, replace,
+    options,
+    parent::Parent,
+    replace,
     uses::Use,
 };
 
@@ -67,6 +69,7 @@ enum Op {
     Show,
     Generate,
     Chat,
+    Complete,
     Pull,
     Pulls,
     Steer,
@@ -115,7 +118,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 40] = [
+static ROUTES: [Route; 41] = [
     route(Method::GET, "/", Surface::Ollama, Scope::Open, Op::Alive),
     route(Method::GET, "/metrics", Surface::Ollama, Scope::Read, Op::Metrics),
     route(Method::GET, "/api/version", Surface::Ollama, Scope::Read, Op::Version),
@@ -154,6 +157,7 @@ static ROUTES: [Route; 40] = [
     route(Method::POST, "/api/config/reload", Surface::Ollama, Scope::Admin, Op::Reload),
     route(Method::POST, "/api/replace", Surface::Ollama, Scope::Owner, Op::Replace),
     route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Scope::Use, Op::Chat),
+    route(Method::POST, "/v1/completions", Surface::OpenAi, Scope::Use, Op::Complete),
     route(Method::GET, "/v1/models", Surface::OpenAi, Scope::Read, Op::List),
     route(Method::GET, "/v1/models/{*model}", Surface::OpenAi, Scope::Read, Op::One),
 ];
@@ -192,6 +196,8 @@ struct Call<B> {
     range: Option<HeaderValue>,
     /// Whether it came over TCP.
     is_tcp: bool,
+    /// The span that it belongs to.
+    parent: Option<Parent>,
     /// It uses the store.
     used: Use,
     body: B,
@@ -291,8 +297,9 @@ impl Service {
         };
         let range = request.headers().get(header::RANGE).cloned();
         let caller = caller::of(request.headers(), request.extensions().get());
+        let parent = Parent::read(request.headers());
         let body = request.into_body();
-        let call = Call { id, route, rest, lane, caller, range, is_tcp, used, body };
+        let call = Call { id, route, rest, lane, caller, range, is_tcp, parent, used, body };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -320,19 +327,10 @@ impl Service {
                 let request = decode(&self.reader.read(call.body).await?.bytes)?;
                 let (mut ask, stream) = (request.ask, request.stream);
                 ask.options.lane = call.lane.or(ask.options.lane);
-                ask.caller = call.caller;
+                (ask.caller, ask.parent) = (call.caller, call.parent);
                 answer(daemon, (ask, call.used), stream, request.encoder, ollama::JSON_TYPE).await
             }
-            (Surface::OpenAi, Op::Chat) => {
-                let body = self.reader.read(call.body).await?;
-                let now = Timestamp::now().as_second();
-                let request = openai::decode::chat(&body.bytes, call.id, now)?;
-                drop(body);
-                let (mut ask, stream) = (request.ask, request.stream);
-                ask.options.lane = call.lane.or(ask.options.lane);
-                ask.caller = caller::user(&call.caller, request.user.as_deref());
-                answer(daemon, (ask, call.used), stream, request.encoder, openai::JSON_TYPE).await
-            }
+            (Surface::OpenAi, Op::Chat | Op::Complete) => self.openai(call).await,
             (Surface::Ollama, Op::Show | Op::Plan | Op::Why) => self.tell(call).await,
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
             (Surface::Oci, _) => {
@@ -373,6 +371,24 @@ impl Service {
                 Ok(json(openai::JSON_TYPE, openai::listing::models(listed)))
             }
         }
+    }
+
+    /// Answers of a model in OpenAI's words.
+    async fn openai<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let body = self.reader.read(call.body).await?;
+        let now = Timestamp::now().as_second();
+        let about = (call.lane, call.caller, call.parent, call.used);
+        if call.route.op == Op::Complete {
+            let request = openai::completions::decode(&body.bytes, call.id, now)?;
+            drop(body);
+            return openai_answer(&self.daemon, request, about).await;
+        }
+        let request = openai::decode::chat(&body.bytes, call.id, now)?;
+        drop(body);
+        openai_answer(&self.daemon, request, about).await
     }
 
     /// Whether a blob is here, or it comes.
@@ -608,6 +624,18 @@ async fn answer(
     }
 }
 
+/// Answers a request of OpenAI's clients.
+async fn openai_answer(
+    daemon: &Daemon,
+    request: openai::decode::Request<impl Encode + 'static>,
+    (lane, caller, parent, used): (Option<Lane>, Caller, Option<Parent>, Use),
+) -> Result<Response<Body>, Refusal> {
+    let (mut ask, stream) = (request.ask, request.stream);
+    ask.options.lane = lane.or(ask.options.lane);
+    (ask.caller, ask.parent) = (caller::user(&caller, request.user.as_deref()), parent);
+    answer(daemon, (ask, used), stream, request.encoder, openai::JSON_TYPE).await
+}
+
 /// The pieces of an answer as bytes. Dropping the stream drops the answer, which cancels it.
 fn pieces(
     running: Running,
@@ -784,7 +812,7 @@ fn progress_lines(lines: &mut ollama::listing::PullLines, progress: &v4_pull::Pr
 
 /// A part of a path as it was meant: clients write the colon of a tag as `%3A`. `None` where it is
 /// not UTF-8.
-fn percent_decoded(text: &str) -> Option<String> {
+pub fn percent_decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {

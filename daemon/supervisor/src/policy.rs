@@ -33,6 +33,7 @@ mod history;
 mod models;
 mod plan;
 mod preview;
+mod reload;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -56,8 +57,8 @@ pub type AskId = u64;
 /// Who asks, in a few letters: those of one caller take turns with those of others.
 pub type Caller = Arc<str>;
 
-/// What does not change while the daemon runs.
-#[derive(Debug, Clone)]
+/// What a person has said; it changes with [`Event::Rules`] alone.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rules {
     /// Bytes that all models may take.
     pub budget_bytes: u64,
@@ -221,6 +222,8 @@ pub enum Reason {
     Room(ModelName),
     /// Models take more than they may.
     OverBudget,
+    /// Its settings have changed: it is loaded again with the new ones.
+    Settings,
     /// The name's new model takes over.
     Replaced,
     /// The daemon ends.
@@ -229,7 +232,8 @@ pub enum Reason {
 
 impl Reason {
     /// Every [`Reason::word`].
-    pub const WORDS: [&str; 6] = ["idle", "asked", "room", "over_budget", "replaced", "shutdown"];
+    pub const WORDS: [&str; 7] =
+        ["idle", "asked", "room", "over_budget", "settings", "replaced", "shutdown"];
 
     /// The reason in a word.
     pub fn word(&self) -> &'static str {
@@ -238,6 +242,7 @@ impl Reason {
             Self::Asked => "asked",
             Self::Room(_) => "room",
             Self::OverBudget => "over_budget",
+            Self::Settings => "settings",
             Self::Replaced => "replaced",
             Self::Shutdown => "shutdown",
         }
@@ -287,6 +292,8 @@ pub enum Event {
     Unload(ModelName),
     /// Another process, which is about to leave, holds so many bytes.
     HoldBack(u64),
+    /// The settings were read again.
+    Rules(Box<Rules>),
     /// The daemon ends.
     Shutdown {
         /// What running answers get.
@@ -425,6 +432,8 @@ pub struct Runner {
     load_began: Time,
     /// Its model's rules say that it stays.
     is_pinned: bool,
+    /// It was loaded with another context or number of sequences than the rules say now.
+    is_outdated: bool,
     /// Gets nothing new, for its successor needs the memory.
     leaving: bool,
     /// Gets nothing new, for another model needs the memory. Decided anew in each step.
@@ -446,6 +455,7 @@ impl Runner {
             ready_at: Time::ZERO,
             load_began: Time::ZERO,
             is_pinned: false,
+            is_outdated: false,
             leaving: false,
             yielding: false,
         }
@@ -656,6 +666,8 @@ pub struct State {
     quantum_ends: Option<Time>,
     /// Bytes that another process holds, which is about to leave.
     held_back: u64,
+    /// The budget has become smaller, and models may still be beyond it.
+    is_shrunk: bool,
     next_runner: RunnerId,
     spare_retry_at: Time,
     spare_deaths: u32,
@@ -674,6 +686,7 @@ impl State {
             history: History::default(),
             quantum_ends: None,
             held_back: 0,
+            is_shrunk: false,
             next_runner: 1,
             spare_retry_at: Time::ZERO,
             spare_deaths: 0,
@@ -798,6 +811,7 @@ pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
         Event::Gone { runner, cause, begun } => gone(state, runner, cause, &begun, &mut turn),
         Event::Unload(name) => unload(state, &name),
         Event::HoldBack(bytes) => state.held_back = bytes,
+        Event::Rules(rules) => reload::rules(state, *rules, &mut turn),
         Event::Shutdown { deadline } => shutdown(state, deadline, &mut turn),
         Event::Tick => {}
     }

@@ -107,7 +107,7 @@ const OLLAMAS: &[&str] = &[
 fn settings(page: &mut String, source: &str) {
     page.push_str(
         "\n## Settings\n\nA switch of `v4 serve` comes before a variable, a variable before the file, the \
-         file before a variable of Ollama. The file is `config.toml` in the home, or what `V4_CONFIG` \
+         file before a variable of Ollama or OpenTelemetry. The file is `config.toml` in the home, or what `V4_CONFIG` \
          names (`off` reads none): TOML, with the keys below, whose values are in the same words; lists \
          may be lists. `v4 config` shows what counts and who said it. `v4 config --reload` and SIGHUP \
          have the file read again: what is live changes at once, the rest at the next start, and a file \
@@ -120,7 +120,8 @@ fn settings(page: &mut String, source: &str) {
          priority = 1      # has memory before others: -128 to 127, 0 is usual\n\
          group = \"code\"    # stays in memory together with others of the group\n\
          excludes = [\"gemma3*\"] # never in memory at the same time\n```\n\n\
-         All of a model but `keep_alive` counts from the next start on.\n\n\
+         `preload` counts at the next start, all else at once; a model that is loaded is loaded again when \
+         nobody uses it where its `slots` or `context` have changed.\n\n\
          | key | variable | default | live | what it says |\n|---|---|---|---|---|\n",
     );
     for Declared { key, words, is_live, said } in declared(source) {

@@ -165,13 +165,13 @@ pub struct Heir {
 
 impl Heir {
     /// Serves what is still being answered, and gives connections away that become idle, until
-    /// none is left, or `stop` ends.
+    /// none is left, or `stop` ends. Gives whether it was told to stop.
     pub async fn outlive(
         &self,
         server: &mut Server,
         daemon: &Daemon,
         stop: impl Future<Output = ()>,
-    ) {
+    ) -> bool {
         // Nobody asks for these models any more. Those that answer leave with this process.
         for loaded in daemon.supervisor.ps().await {
             daemon.supervisor.unload(&loaded.name).await;
@@ -184,11 +184,12 @@ impl Heir {
             }
         };
         tokio::select! {
-            () = connections => {}
-            () = self.tell_memory(daemon) => {}
-            () = stop => tracing::info!("told to stop before the last answer had ended"),
+            () = connections => false,
+            () = self.tell_memory(daemon) => false,
+            () = stop => true,
             () = sleep(limits::HANDOVER_DRAIN) => {
                 tracing::warn!("the last answers took too long");
+                false
             }
         }
     }

@@ -7,7 +7,7 @@ use v4_proto::{Code, Fault, ModelName};
 
 use super::{
     AskId, Blocker, Decision, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId,
-    State, Time, Turn, key,
+    State, Time, Turn, key, reload,
     worth::{self, Victim, Worth},
 };
 use crate::{KeepAlive, limits};
@@ -19,6 +19,7 @@ pub(super) fn settle(state: &mut State, turn: &mut Turn) {
     promote(state);
     agree(state, turn);
     dispatch(state, turn);
+    reload::renew(state, turn);
     make_room(state, turn);
     // Those that no longer have to yield take their work up again.
     dispatch(state, turn);
@@ -297,9 +298,12 @@ fn shed(state: &mut State, turn: &mut Turn) {
     let room = Room::of(state);
     let mut over = room.used.saturating_sub(room.coming).saturating_sub(room.budget);
     if over == 0 {
+        state.is_shrunk = false;
         return;
     }
     let newest = state.runners.values().map(|runner| runner.ready_at).max();
+    // After a person has made the budget smaller it is spared no more than others.
+    let newest = newest.filter(|_| !state.is_shrunk);
     let mut idle: Vec<Victim> = state
         .loaded()
         .filter(|(_, runner, ..)| runner.is_idle() && !runner.is_pinned)

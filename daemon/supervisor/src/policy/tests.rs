@@ -576,6 +576,7 @@ fn each_runner_has_a_core_even_where_there_are_too_few() {
     story.loaded(2, 300, "send 2 #2");
 }
 
+mod reload;
 mod rules;
 mod swaps;
 

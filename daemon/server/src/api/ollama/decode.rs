@@ -129,6 +129,7 @@ pub fn generate(bytes: &[u8]) -> Result<Request, Fault> {
             keep_alive,
             truncate: body.truncate.unwrap_or(true),
             caller: Caller::default(),
+            parent: None,
         },
     })
 }
@@ -186,6 +187,7 @@ pub fn chat(bytes: &[u8]) -> Result<Request, Fault> {
             keep_alive,
             truncate: body.truncate.unwrap_or(true),
             caller: Caller::default(),
+            parent: None,
         },
     })
 }
