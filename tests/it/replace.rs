@@ -2,8 +2,10 @@
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::mem::MaybeUninit;
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +19,7 @@ use v4_tests::DEADLINE;
 use v4_tests::daemon::{Daemon, Successor};
 use v4_tests::home::{ENDLESS, Home, noise};
 use v4_tests::http::Address;
-use v4_tests::process::until;
+use v4_tests::process::{until, v4};
 use v4_tests::registry::OneModel;
 
 use crate::persist::{turn, written};
@@ -211,7 +213,7 @@ fn where_nobody_serves_it_just_serves_and_elsewhere_it_listens_elsewhere() {
     let first = first.unwrap_or_else(|| panic!("{words}"));
     ask(&first.tcp).expect("an answer");
     // Another address is listened on beside the old one's socket.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
     let wanted = free.local_addr().expect("bound").to_string();
     // It is taken: the old one serves on.
     let (none, words) = Daemon::replacing(&home, &[("V4_LISTEN", &wanted)]);
@@ -354,4 +356,47 @@ fn a_new_one_that_is_killed_at_any_moment_leaves_somebody_serving() {
         }
     }
     println!("killed 24 times, {n_taken} of them after it had taken over");
+}
+
+/// A daemon as systemd starts it: with a listener as descriptor 3, and a socket for its words.
+fn activated<'a>(home: &'a Home, listener: TcpListener, notify: &str) -> Daemon<'a> {
+    let plain = v4(home, &["serve"]);
+    let mut command = Command::new("sh");
+    command
+        .arg("-c")
+        .arg("exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$0\" serve")
+        .arg(plain.get_program())
+        .env_clear()
+        .envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .env("NOTIFY_SOCKET", notify)
+        .stdin(OwnedFd::from(listener));
+    Daemon::spawn(home, &mut command).expect("it starts")
+}
+
+#[test]
+fn a_service_manager_gives_the_socket_and_is_told_who_serves() {
+    let home = Home::new();
+    home.put_golden("tiny", TINY);
+    let path = home.beside().join("notify");
+    let notified = UnixDatagram::bind(&path).expect("a socket");
+    notified.set_read_timeout(Some(DEADLINE)).expect("a deadline");
+    let word = || {
+        let mut bytes = [0; 256];
+        let n = notified.recv(&mut bytes).expect("a word");
+        String::from_utf8_lossy(&bytes[..n]).into_owned()
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = Address::Tcp(listener.local_addr().expect("bound").to_string());
+    let notify = path.to_string_lossy().into_owned();
+    let old = activated(&home, listener, &notify);
+    assert_eq!(old.tcp, address);
+    ask(&address).expect("an answer");
+    assert_eq!(word(), format!("READY=1\nMAINPID={}\n", old.pid()));
+    let new = replaced(&old, &[("NOTIFY_SOCKET", &notify)]);
+    assert_eq!(word(), format!("READY=1\nMAINPID={}\n", new.pid()));
+    assert!(old.ended().success());
+    ask(&address).expect("an answer");
+    assert!(new.stop().success());
+    // Not from the old one, which the service has outlived.
+    assert_eq!(word(), "STOPPING=1\n");
 }

@@ -17,7 +17,7 @@ use v4_proto::{ModelName, paths};
 use v4_store::Quota;
 use v4_supervisor::{KeepAlive, KvFolder, SupervisorConfig};
 
-use crate::error::Error;
+use crate::{error::Error, service_manager};
 
 use file::File;
 pub use file::ModelTable;
@@ -348,6 +348,7 @@ impl Config {
         let ollamas = SETTINGS.iter().flat_map(|setting| setting.ollama).map(|theirs| theirs.name);
         let ignored = theirs::WITHOUT_USE.iter().map(|(name, _)| *name);
         let names = ours.chain(ollamas).chain(ignored).chain(PLACES);
+        let names = names.chain(service_manager::VARIABLES);
         let variables = names.filter_map(|name| Some((name, variable(name)?))).collect();
         Self::read(given.clone(), variables)
     }
@@ -401,6 +402,11 @@ impl Config {
         let place = place(given, variables)?;
         let config = Self::of(place, next.models, next.origin)?;
         Ok(Again { config, changed, at_start })
+    }
+
+    /// A variable that says where things are.
+    pub fn variable(&self, name: &str) -> Option<&OsString> {
+        self.origin.variables.get(name)
     }
 
     /// Whether the daemon that runs on this home gives its place up.

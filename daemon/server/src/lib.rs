@@ -31,6 +31,7 @@ mod parent;
 mod patience;
 mod replace;
 mod routes;
+mod service_manager;
 mod uses;
 
 use std::{net::SocketAddr, path::Path, pin::pin, sync::Arc, time::Duration};
@@ -100,12 +101,18 @@ async fn place(config: &mut Config, store: Option<Arc<Store>>) -> Result<Place, 
         Some(store) => store,
         None => Arc::new(Store::open(&config.home)?),
     };
-    let tcp = match config.listen {
-        Some(address) => Some(listen::tcp(address).await?),
-        None => None,
+    let given = service_manager::given(config)?;
+    let tcp = match (given.tcp, config.listen) {
+        (Some(tcp), _) => Some(tcp),
+        (None, Some(address)) => Some(listen::tcp(address).await?),
+        (None, None) => None,
     };
-    let unix = listen::unix(&config.socket)?;
-    Ok(Place { store, listeners: Listeners { tcp, unix }, rest: None })
+    let keeps_socket = given.unix.is_some();
+    let unix = match given.unix {
+        Some(unix) => unix,
+        None => listen::unix(&config.socket)?,
+    };
+    Ok(Place { store, listeners: Listeners { tcp, unix, keeps_socket }, rest: None })
 }
 
 async fn run(mut config: Config, store: Option<Arc<Store>>) -> Result<(), Error> {
@@ -139,6 +146,8 @@ async fn run(mut config: Config, store: Option<Arc<Store>>) -> Result<(), Error>
     let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, %home, listen = tcp_text, %socket, is_heir, "ready");
+    let pid = std::process::id();
+    service_manager::tell(&config, &format!("READY=1\nMAINPID={pid}\n"));
     preload(&daemon);
     serve_on(server, listeners, &daemon, stops).await;
     daemon.supervisor.shutdown(Duration::ZERO).await;
@@ -157,6 +166,7 @@ async fn serve_on(
     let (sender, mut handovers) = mpsc::channel(1);
     daemon.handovers.get_or_init(|| sender);
     let mut first = pin!(nth(stops.clone(), 1));
+    let keeps_socket;
     loop {
         let next = async {
             tokio::select! {
@@ -165,6 +175,8 @@ async fn serve_on(
             }
         };
         let Some(channel) = server.serve(&listeners, next).await else {
+            service_manager::tell(&daemon.config(), "STOPPING=1\n");
+            keeps_socket = listeners.keeps_socket;
             drop(listeners);
             server.end(nth(stops, 2)).await;
             break;
@@ -180,6 +192,9 @@ async fn serve_on(
             }
             Err(refusal) => tracing::warn!(%refusal, "this v4 is not replaced and serves on"),
         }
+    }
+    if keeps_socket {
+        return;
     }
     if let Err(error) = v4_store::fs::remove_socket(&daemon.config().socket) {
         tracing::debug!(%error, "the socket stays behind");

@@ -116,6 +116,9 @@ pub const SPAN_WAIT: Duration = Duration::from_millis(500);
 /// What a collector gets to take them.
 pub const SPAN_SEND: Duration = Duration::from_secs(5);
 
+/// Sockets that a service manager may give: one of TCP, one of unix.
+pub const LISTEN_SOCKETS: u32 = 2;
+
 /// Connections of an old daemon that wait for the new one to take them up.
 pub const GIVEN_CONNECTIONS: usize = 64;
 

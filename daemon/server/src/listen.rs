@@ -6,6 +6,7 @@ use std::{
     future::poll_fn,
     io,
     net::SocketAddr,
+    os::fd::OwnedFd,
     path::Path,
     pin::{Pin, pin},
     sync::Arc,
@@ -37,6 +38,8 @@ pub struct Listeners {
     pub tcp: Option<TcpListener>,
     /// Programs of this user.
     pub unix: UnixListener,
+    /// Whether the file of the unix socket is somebody else's, so that it stays.
+    pub keeps_socket: bool,
 }
 
 /// Times that tests shorten.
@@ -91,6 +94,26 @@ pub fn unix(path: &Path) -> Result<UnixListener, Error> {
     // Nobody can connect before `listen`, so nobody does before the mode is set.
     fs::set_private(path).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)
+}
+
+/// A listener of TCP that another process has made.
+///
+/// # Errors
+/// What the system says.
+pub fn tcp_from(descriptor: OwnedFd) -> io::Result<TcpListener> {
+    let listener = std::net::TcpListener::from(descriptor);
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
+}
+
+/// A listener of a unix socket that another process has made.
+///
+/// # Errors
+/// What the system says.
+pub fn unix_from(descriptor: OwnedFd) -> io::Result<UnixListener> {
+    let listener = std::os::unix::net::UnixListener::from(descriptor);
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
 }
 
 /// Connections that the system keeps for us while we are busy.

@@ -53,6 +53,8 @@ enum Message {
         tcp: Option<SocketAddr>,
         /// Bytes that models may take.
         budget_bytes: u64,
+        /// Whether the unix socket is a service manager's, so that its file stays.
+        keeps_socket: bool,
     },
     /// The new one has all it needs but the home.
     Ready,

@@ -137,7 +137,10 @@ fn settings(page: &mut String, source: &str) {
          commands know both too, and `V4_HOST`: the daemon at `http://HOST:PORT` instead of this \
          user's own, with the key that it wants in `V4_KEY`. Pulls and pushes go through the proxies \
          that `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name. Those of Ollama's variables that mean \
-         nothing here are named with the reason by `v4 config` where they are set.\n",
+         nothing here are named with the reason by `v4 config` where they are set. Sockets that systemd \
+         listens on for the service (`LISTEN_FDS`) are served instead of `listen` and `V4_SOCKET`; it is \
+         told (`NOTIFY_SOCKET`) when v4 is ready and which process serves, which `v4 serve --replace` \
+         changes: `Type=notify` and `NotifyAccess=all`.\n",
     );
 }
 

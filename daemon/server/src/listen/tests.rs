@@ -46,7 +46,7 @@ async fn server(times: Times) -> Server {
     let unix = super::unix(&socket).expect("a socket");
     let (stop, stopped) = oneshot::channel();
     let (now, at_once) = oneshot::channel();
-    let listeners = Listeners { tcp: Some(tcp), unix };
+    let listeners = Listeners { tcp: Some(tcp), unix, keeps_socket: false };
     let service = Arc::clone(&fixture.service);
     let task = tokio::spawn(async move {
         let mut server = super::Server::new(service, times);
@@ -272,7 +272,7 @@ async fn idle_connections_are_laid_aside_whole_and_taken_up_by_another() {
     let tcp = super::tcp("127.0.0.1:0".parse().expect("an address")).await.expect("a port");
     let address = tcp.local_addr().expect("bound");
     let unix = super::unix(&folder.path().join("v4.sock")).expect("a socket");
-    let listeners = Listeners { tcp: Some(tcp), unix };
+    let listeners = Listeners { tcp: Some(tcp), unix, keeps_socket: false };
     let service = Arc::clone(&fixture.service);
     let mut old = super::Server::new(Arc::clone(&service), Times::default());
     let connect = async || TcpStream::connect(address).await.expect("a connection");

@@ -94,6 +94,7 @@ async fn offer(listeners: &Listeners, daemon: &Daemon, channel: &Channel) -> Res
         version: env!("CARGO_PKG_VERSION").to_owned(),
         tcp: listeners.tcp.as_ref().and_then(|listener| listener.local_addr().ok()),
         budget_bytes: figures.budget_bytes,
+        keeps_socket: listeners.keeps_socket,
     };
     let tcp = listeners.tcp.as_ref().map(AsFd::as_fd);
     let descriptors: Vec<_> = std::iter::once(listeners.unix.as_fd()).chain(tcp).collect();

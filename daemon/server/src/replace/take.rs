@@ -7,7 +7,7 @@ use http::StatusCode;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::{
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpStream, UnixStream},
     sync::mpsc,
     time::{sleep, timeout},
 };
@@ -72,7 +72,8 @@ pub async fn take(config: &Config) -> Result<Option<Inheritance>, Error> {
     let home = config.home.clone();
     let opened = tokio::task::spawn_blocking(move || Store::open(&home)).await;
     let store = opened.map_err(|error| Error::Replace(error.to_string()))??;
-    Ok(Some(Inheritance { store: Arc::new(store), listeners, budget_bytes, estate, channel }))
+    let store = Arc::new(store);
+    Ok(Some(Inheritance { store, listeners, budget_bytes, estate, channel }))
 }
 
 fn is_nobody(error: &io::Error) -> bool {
@@ -118,7 +119,11 @@ async fn offered(config: &Config, channel: &Channel) -> Result<(Listeners, u64),
     let failed = |refusal: Refusal| Error::Replace(refusal.to_string());
     let packet =
         channel.expect("offered anything", limits::HANDOVER_READY).await.map_err(failed)?;
-    let Packet { message: Message::Offer { version, tcp, budget_bytes }, descriptors, .. } = packet
+    let Packet {
+        message: Message::Offer { version, tcp, budget_bytes, keeps_socket },
+        descriptors,
+        ..
+    } = packet
     else {
         return Err(failed(Refusal::OutOfPlace(format!("{:?}", packet.message))));
     };
@@ -128,32 +133,20 @@ async fn offered(config: &Config, channel: &Channel) -> Result<(Listeners, u64),
         .ok_or_else(|| failed(Refusal::OutOfPlace("an offer without a listener".to_owned())))?;
     let (ours, of) = (std::process::id(), tcp.map(|address| address.to_string()));
     tracing::info!(version, listen = of, pid = ours, "taking over from a v4");
-    let unix = unix_listener(unix).map_err(Refusal::from).map_err(failed)?;
+    let unix = listen::unix_from(unix).map_err(Refusal::from).map_err(failed)?;
     let tcp = match (config.listen, tcp.zip(descriptors.next())) {
         (None, _) => None,
         (Some(wanted), Some((theirs, descriptor))) if is_same(wanted, theirs) => {
-            Some(tcp_listener(descriptor).map_err(Refusal::from).map_err(failed)?)
+            Some(listen::tcp_from(descriptor).map_err(Refusal::from).map_err(failed)?)
         }
         (Some(wanted), _) => Some(listen::tcp(wanted).await?),
     };
-    Ok((Listeners { tcp, unix }, budget_bytes))
+    Ok((Listeners { tcp, unix, keeps_socket }, budget_bytes))
 }
 
 /// Whether a listener at `theirs` is what the settings want; port 0 wants any.
 fn is_same(wanted: SocketAddr, theirs: SocketAddr) -> bool {
     wanted.ip() == theirs.ip() && (wanted.port() == 0 || wanted.port() == theirs.port())
-}
-
-fn unix_listener(descriptor: OwnedFd) -> io::Result<UnixListener> {
-    let listener = std::os::unix::net::UnixListener::from(descriptor);
-    listener.set_nonblocking(true)?;
-    UnixListener::from_std(listener)
-}
-
-fn tcp_listener(descriptor: OwnedFd) -> io::Result<TcpListener> {
-    let listener = std::net::TcpListener::from(descriptor);
-    listener.set_nonblocking(true)?;
-    TcpListener::from_std(listener)
 }
 
 fn socket(is_tcp: bool, descriptor: OwnedFd, before: Vec<u8>) -> io::Result<Socket> {
