@@ -63,11 +63,12 @@ fn what_can_change_changes_without_a_restart() {
     daemon.generate(&ask);
     assert_eq!(daemon.loaded(), ["tiny:latest"]);
 
-    write(&home, "keep_alive = 0\norigins = ['https://a.example']\nslots = 5\n");
+    write(&home, "keep_alive = 0\norigins = ['https://a.example']\nslots = 5\nkv_type = 'q8_0'\n");
     let said = run(&mut v4(&home, &["config", "--reload"]), "");
-    assert_eq!(said.success(), "changed: keep_alive, origins\nat the next start: slots\n");
+    assert_eq!(said.success(), "changed: keep_alive, slots, origins\nat the next start: kv_type\n");
     assert_eq!((asks("https://a.example"), asks("https://b.example")), (200, 403));
-    assert_eq!(setting(&home, "slots"), (json!("2"), json!("default")));
+    assert_eq!(setting(&home, "slots"), (json!("5"), json!("file, line 3")));
+    assert_eq!(setting(&home, "kv_type"), (json!("f16"), json!("default")));
     daemon.generate(&ask);
     until("the model to leave", || daemon.loaded().is_empty().then_some(()));
 
@@ -86,6 +87,37 @@ fn what_can_change_changes_without_a_restart() {
     let for_ever = loaded(daemon.tcp.get("/api/ps").expect(200));
     assert!(for_ever.as_str().is_some_and(|at| &at[..3] > "210"), "{for_ever}");
     assert!(daemon.log().contains("DEBUG"), "the log says more now");
+}
+
+#[test]
+fn rules_of_models_count_while_they_are_loaded() {
+    let home = Home::new();
+    home.put_golden("tiny", "llama-q4_0.gguf");
+    let daemon = Daemon::start(&home);
+    let ask = json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 2}});
+    daemon.generate(&ask);
+    let context = || daemon.tcp.get("/api/ps").expect(200)["models"][0]["context_length"].clone();
+    let trained = context();
+    let reload = || run(&mut v4(&home, &["config", "--reload"]), "").success().to_owned();
+    write(&home, "[model.tiny]\ncontext = 96\npin = true\n");
+    assert_eq!(reload(), "changed: model\n");
+    until("the model to be loaded again", || (context() == 96).then_some(()));
+    assert_ne!(trained, 96);
+    let why = run(&mut v4(&home, &["why", "tiny"]), "");
+    assert!(why.success().contains("96 tokens of context"), "{why:?}");
+    daemon.generate(&ask);
+    // Less memory than it takes: it is pinned, then it is not.
+    write(&home, "memory = '1M'\n[model.tiny]\ncontext = 96\npin = true\n");
+    assert_eq!(reload(), "changed: memory\n");
+    assert_eq!(daemon.loaded(), ["tiny:latest"]);
+    write(&home, "memory = '1M'\n");
+    assert_eq!(reload(), "changed: model\n");
+    until("the model to leave", || daemon.loaded().is_empty().then_some(()));
+    let refused = daemon.tcp.post("/api/generate", &ask).error(500);
+    assert!(refused.contains("v4 may use 1 MiB"), "{refused}");
+    write(&home, "memory = '4G'\nmax_queue = 0\n");
+    assert_eq!(reload(), "changed: max_queue, memory\n");
+    assert_eq!(daemon.generate(&ask)["done"], true);
 }
 
 #[test]
@@ -127,16 +159,17 @@ fn a_log_of_json_says_which_request_its_lines_belong_to() {
     assert!(within.is_some_and(|line| line["message"] == "the store failed"), "{lines:?}");
 }
 
-/// A collector on a free port: its URL, and the spans that it is sent.
-fn collector() -> (String, Receiver<Vec<Value>>) {
+/// A collector on a free port: its URL, and what it is sent: the head of the request, and spans.
+fn collector() -> (String, Receiver<(String, Vec<Value>)>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let url = format!("http://{}", listener.local_addr().expect("bound"));
     let (sender, receiver) = sync_channel(16);
     thread::spawn(move || {
         for wire in listener.incoming().map_while(Result::ok) {
             let mut wire = BufReader::new(wire);
-            let (mut line, mut length) = (String::new(), 0);
+            let (mut line, mut length, mut head) = (String::new(), 0, String::new());
             while wire.read_line(&mut line).is_ok_and(|n| n > 2) {
+                head.push_str(&line);
                 if let Some(text) = line.to_lowercase().strip_prefix("content-length:") {
                     length = text.trim().parse().expect("a length");
                 }
@@ -148,7 +181,7 @@ fn collector() -> (String, Receiver<Vec<Value>>) {
             let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
             wire.get_mut().write_all(answer).expect("it listens");
             let spans = body["resourceSpans"][0]["scopeSpans"][0]["spans"].as_array().cloned();
-            if sender.send(spans.expect("spans")).is_err() {
+            if sender.send((head, spans.expect("spans"))).is_err() {
                 return;
             }
         }
@@ -164,7 +197,7 @@ fn answers_are_traced_and_a_collector_that_is_not_there_costs_nothing_else() {
     let daemon = Daemon::start_with(&home, &[("V4_OTLP", &url)]);
     let ask = json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 3}});
     let answer = daemon.generate(&ask);
-    let spans = sent.recv_timeout(DEADLINE).expect("spans");
+    let (_, spans) = sent.recv_timeout(DEADLINE).expect("spans");
     let names: Vec<&str> = spans.iter().filter_map(|span| span["name"].as_str()).collect();
     assert_eq!(names, ["text_completion tiny:latest", "load", "prefill", "decode"]);
     let fact = |key: &str| {
@@ -184,6 +217,7 @@ fn answers_are_traced_and_a_collector_that_is_not_there_costs_nothing_else() {
         assert!(time(span, start) >= time(&spans[0], start), "{spans:?}");
         assert!(time(span, end) <= time(&spans[0], end) && time(span, start) <= time(span, end));
     }
+    assert_eq!(spans[0].get("parentSpanId"), None);
     drop(daemon);
     // Nobody listens there: answers come all the same, and what is lost is counted.
     let daemon = Daemon::start_with(&home, &[("V4_OTLP", "http://127.0.0.1:1")]);
@@ -193,4 +227,63 @@ fn answers_are_traced_and_a_collector_that_is_not_there_costs_nothing_else() {
         page.contains("\nv4_otlp_spans_dropped_total 4\n").then_some(())
     });
     assert!(daemon.log().contains("the collector takes no spans"), "{}", daemon.log());
+}
+
+#[test]
+fn spans_belong_to_the_trace_of_who_asks_and_go_with_the_collectors_key() {
+    let home = Home::new();
+    home.put_golden("tiny", "llama-q4_0.gguf");
+    let (url, sent) = collector();
+    let variables = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &*format!("{url}/otlp")),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=a%20secret"),
+    ];
+    let daemon = Daemon::start_with(&home, &variables);
+    assert_eq!(setting(&home, "otlp_headers").0, json!("…"));
+    let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    let body = json!({"model": "tiny", "prompt": "hi", "stream": false, "max_tokens": 2});
+    let ask = |flags: &str| {
+        let lines = format!("traceparent: 00-{trace}-{span}-{flags}\r\ntracestate: a=1\r\n");
+        let body = body.to_string();
+        daemon.tcp.request_with(&lines, "POST", "/v1/completions", body.as_bytes()).expect(200)
+    };
+    // One that its own system does not keep is not told; the next one is.
+    ask("00");
+    let answer = ask("01");
+    assert_eq!(answer["object"], "text_completion");
+    let (head, spans) = sent.recv_timeout(DEADLINE).expect("spans");
+    assert!(head.starts_with("POST /otlp/v1/traces ") && head.contains("api-key: a secret"));
+    assert_eq!((&spans[0]["traceId"], &spans[0]["parentSpanId"]), (&json!(trace), &json!(span)));
+    assert_eq!(spans[0]["traceState"], "a=1");
+    for child in &spans[1..] {
+        assert_eq!(
+            (&child["traceId"], &child["parentSpanId"]),
+            (&json!(trace), &spans[0]["spanId"])
+        );
+    }
+    let n_roots = spans.iter().filter(|span| span["kind"] == 2).count();
+    assert_eq!(n_roots, 1, "{spans:?}");
+}
+
+#[test]
+fn a_collector_of_https_is_spoken_to_in_tls() {
+    let home = Home::new();
+    home.put_golden("tiny", "llama-q4_0.gguf");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("https://{}", listener.local_addr().expect("bound"));
+    let daemon = Daemon::start_with(&home, &[("V4_OTLP", &url), ("V4_OTLP_HEADERS", "k=secret")]);
+    daemon.generate(&json!({"model": "tiny", "prompt": "hi", "options": {"num_predict": 1}}));
+    if daemon.log().contains("no certificates") {
+        println!("skipped: this machine has no certificates");
+        return;
+    }
+    let (mut wire, _) = listener.accept().expect("it comes");
+    let mut first = [0; 3];
+    wire.read_exact(&mut first).expect("a greeting");
+    assert_eq!(first[..2], [22, 3], "a handshake of TLS");
+    drop(wire);
+    until("the loss to be counted", || {
+        let page = daemon.tcp.get("/metrics").text();
+        (!page.contains("\nv4_otlp_spans_dropped_total 0\n")).then_some(())
+    });
 }

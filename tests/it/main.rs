@@ -19,6 +19,7 @@ mod peer;
 mod persist;
 mod pull;
 mod real;
+mod replace;
 mod serve;
 mod soak;
 mod storm;

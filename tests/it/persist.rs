@@ -16,7 +16,7 @@ const TINY: &str = "llama-q4_0.gguf";
 const BLOCK: u64 = 64;
 
 /// A conversation of some hundred tokens, and what the model says next.
-fn turn(daemon: &Daemon<'_>, topic: &str) -> Turn {
+pub fn turn(daemon: &Daemon<'_>, topic: &str) -> Turn {
     let text = format!("{topic}: one two three four five six seven eight nine ten. ").repeat(8);
     let body = json!({"model": "tiny", "temperature": 0, "max_tokens": 12,
                       "messages": [{"role": "user", "content": text}]});
@@ -30,7 +30,7 @@ fn turn(daemon: &Daemon<'_>, topic: &str) -> Turn {
 }
 
 #[derive(Debug)]
-struct Turn {
+pub struct Turn {
     prompt: u64,
     cached: u64,
     text: String,
@@ -44,7 +44,7 @@ impl Turn {
 
     /// Holds it against the same turn, computed whole.
     #[track_caller]
-    fn continues(&self, computed: &Turn) {
+    pub fn continues(&self, computed: &Turn) {
         assert_eq!((self.prompt, &self.text), (computed.prompt, &computed.text));
         assert_eq!(self.cached, self.whole_blocks() * BLOCK);
     }
@@ -59,7 +59,7 @@ fn files(home: &Home) -> Vec<PathBuf> {
 }
 
 /// Waits for the blocks of so many turns.
-fn written(home: &Home, turns: &[&Turn]) {
+pub fn written(home: &Home, turns: &[&Turn]) {
     let n: u64 = turns.iter().map(|turn| turn.whole_blocks()).sum();
     until("the blocks on disk", || (files(home).len() as u64 >= n).then_some(()));
 }

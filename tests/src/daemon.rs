@@ -1,7 +1,9 @@
 //! A real daemon on a temporary home and a free port.
 
 use std::fs::{self, File};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use rustix::process::Signal;
@@ -21,6 +23,7 @@ pub struct Daemon<'a> {
     /// Where it serves its unix socket.
     pub unix: Address,
     child: Child,
+    log: PathBuf,
 }
 
 impl<'a> Daemon<'a> {
@@ -40,7 +43,8 @@ impl<'a> Daemon<'a> {
 
     /// Starts a daemon by any command line. `None` when it ended instead of getting ready.
     pub fn spawn(home: &'a Home, command: &mut Command) -> Option<Self> {
-        let errors = File::create(log_file(home)).expect("a writable folder");
+        let log_file = log_file(home);
+        let errors = File::create(&log_file).expect("a writable folder");
         let mut child = command.stdout(Stdio::null()).stderr(errors).spawn().expect("v4 starts");
         let unix = Address::unix(&home.socket());
         // It has ended, or it answers. A connection is not enough: what a killed daemon was about
@@ -54,7 +58,14 @@ impl<'a> Daemon<'a> {
         }
         let listen = unix.get("/api/version").expect(200)["v4"]["listen"].clone();
         let tcp = Address::Tcp(listen.as_str().unwrap_or_default().to_owned());
-        Some(Self { home, tcp, unix, child })
+        Some(Self { home, tcp, unix, child, log: log_file })
+    }
+
+    /// Starts another one that takes the place of the one that runs, and waits until it has. `None`
+    /// when it ended instead; then its words are in the second part.
+    pub fn replacing(home: &'a Home, variables: &[(&str, &str)]) -> (Option<Self>, String) {
+        let successor = Successor::start(home, variables);
+        successor.settle(home)
     }
 
     /// Its process.
@@ -90,7 +101,17 @@ impl<'a> Daemon<'a> {
 
     /// What it wrote to its log.
     pub fn log(&self) -> String {
-        log(self.home)
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn ended(mut self) -> ExitStatus {
+        process::wait(&mut self.child)
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child can be asked").is_none()
     }
 
     /// Asks it to end, as a service manager does.
@@ -106,6 +127,58 @@ impl<'a> Daemon<'a> {
     }
 }
 
+/// A daemon that is about to take the place of another.
+pub struct Successor {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Successor {
+    /// Starts it.
+    pub fn start(home: &Home, variables: &[(&str, &str)]) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(1);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let log = home.beside().join(format!("log.{number}"));
+        let errors = File::create(&log).expect("a writable folder");
+        let mut command = process::v4(home, &["serve", "--replace"]);
+        command.env("V4_LISTEN", "127.0.0.1:0").envs(variables.iter().copied());
+        let child = command.stdout(Stdio::null()).stderr(errors).spawn().expect("v4 starts");
+        Self { child, log }
+    }
+
+    /// Whether it has said that it serves.
+    pub fn is_ready(&self) -> bool {
+        self.words().contains(" ready ")
+    }
+
+    fn words(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Ends it without a word. Gives whether it had said before that it serves.
+    pub fn kill(mut self) -> bool {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.is_ready()
+    }
+
+    /// Waits until it serves, or has ended.
+    pub fn settle(mut self, home: &Home) -> (Option<Daemon<'_>>, String) {
+        let is_ready = until("a successor", || {
+            let ended = self.child.try_wait().expect("a child can be asked");
+            ended.map(|_| false).or_else(|| self.is_ready().then_some(true))
+        });
+        let words = self.words();
+        if !is_ready {
+            return (None, words);
+        }
+        let unix = Address::unix(&home.socket());
+        let listen = unix.get("/api/version").expect(200)["v4"]["listen"].clone();
+        let tcp = Address::Tcp(listen.as_str().unwrap_or_default().to_owned());
+        (Some(Daemon { home, tcp, unix, child: self.child, log: self.log }), words)
+    }
+}
+
 impl Drop for Daemon<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
@@ -117,7 +190,7 @@ impl Drop for Daemon<'_> {
     }
 }
 
-fn log_file(home: &Home) -> std::path::PathBuf {
+fn log_file(home: &Home) -> PathBuf {
     home.beside().join("log")
 }
 

@@ -224,7 +224,7 @@ pub struct Stream {
     /// Its status.
     pub status: u16,
     fields: Vec<(String, String)>,
-    body: BufReader<Box<dyn Read>>,
+    body: BufReader<Box<dyn Read + Send>>,
 }
 
 impl Stream {
@@ -246,7 +246,7 @@ impl Stream {
             fields.push((name.to_lowercase(), value.trim().to_owned()));
         }
         let length = field(&fields, "content-length").and_then(|text| text.parse().ok());
-        let body: Box<dyn Read> = match (field(&fields, "transfer-encoding"), length) {
+        let body: Box<dyn Read + Send> = match (field(&fields, "transfer-encoding"), length) {
             _ if method == "HEAD" => Box::new(io::empty()),
             (Some("chunked"), _) => Box::new(Chunked { wire, left: 0, is_done: false }),
             (_, Some(length)) => Box::new(wire.take(length)),

@@ -35,6 +35,11 @@ fn table(usage: &Value) -> String {
     for (key, words) in [
         ("orphans", "that no model needs; `v4 prune` removes them"),
         ("deleted", "of deleted models; `v4 prune` removes them, `v4 restore` brings them back"),
+        (
+            "kv",
+            "of idle conversations, which V4_KV_DISK bounds and not V4_QUOTA; those used longest ago \
+             go by themselves, and all of a model's with it",
+        ),
         ("partials", "of downloads that are not done; `v4 prune --partials` removes them"),
     ] {
         if usage[key].as_u64().is_some_and(|n| n > 0) {
@@ -54,10 +59,12 @@ mod tests {
     #[test]
     fn costs_are_a_table_with_a_sum() {
         let usage = json!({"models": [{"name": "a:latest", "own": 2000, "shared": 0}],
-            "orphans": 10, "deleted": 20, "partials": 0, "total": 2030});
+            "orphans": 10, "deleted": 20, "partials": 0, "kv": 5000, "total": 7030});
         let expected = "NAME        ALONE    SHARED\na:latest    2 KB     0 B\n\n\
-                        total 2 KB, 10 B that no model needs; `v4 prune` removes them, 20 B of deleted \
-                        models; `v4 prune` removes them, `v4 restore` brings them back\n";
+                        total 7 KB, 10 B that no model needs; `v4 prune` removes them, 20 B of deleted \
+                        models; `v4 prune` removes them, `v4 restore` brings them back, 5 KB of idle conversations, \
+                        which V4_KV_DISK bounds and not V4_QUOTA; those used longest ago go by \
+                        themselves, and all of a model's with it\n";
         assert_eq!(table(&usage), expected);
     }
 }

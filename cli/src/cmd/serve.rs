@@ -27,6 +27,13 @@ pub struct Args {
     /// Write the log to a file in the home instead of the standard error
     #[arg(long)]
     background: bool,
+    /// Take the place of the daemon that runs on this home, with somebody listening all the time
+    ///
+    /// It gives up its sockets and its home when nobody uses them, and ends when its last answer
+    /// has ended. Where that is not possible it serves on, and this one says why. Where none runs,
+    /// this one just serves.
+    #[arg(long)]
+    replace: bool,
 }
 
 pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
@@ -34,6 +41,7 @@ pub fn run(args: &Args, world: &World) -> Result<(), Failure> {
         home: args.home.clone(),
         listen: args.listen.clone(),
         background: args.background,
+        replace: args.replace,
     };
     let config = v4_daemon::Config::load(&given, world.variable).map_err(failure)?;
     v4_daemon::serve(config).map_err(failure)

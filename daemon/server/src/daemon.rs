@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
 };
 
+use tokio::sync::mpsc;
 use v4_proto::{Digest, Fault, ModelInfo};
 use v4_pull::Jobs;
 use v4_store::{Store, StoreError};
@@ -18,6 +19,8 @@ use crate::{
     limits, log,
     ops::metrics::Requests,
     otel::Exporter,
+    replace::Channel,
+    uses::Uses,
 };
 
 /// The parts of a running daemon. Shared as `Arc<Daemon>`.
@@ -38,6 +41,10 @@ pub struct Daemon {
     pub exporter: Option<Arc<Exporter>>,
     /// How often what was asked.
     pub requests: Requests,
+    /// Who uses the store.
+    pub uses: Uses,
+    /// Where a daemon goes that wants to replace this one, while it serves.
+    pub handovers: OnceLock<mpsc::Sender<Channel>>,
     /// The figures of models asked for lately, by the digest of their weights.
     known: Mutex<HashMap<Digest, ModelInfo>>,
 }
@@ -48,8 +55,20 @@ impl Daemon {
         let (listen, known) = (OnceLock::new(), Mutex::default());
         let (keys, requests) = (Arc::new(Keys::off()), Requests::default());
         let config = RwLock::new(Arc::new(config));
-        let exporter = None;
-        Self { store, jobs, supervisor, listen, config, keys, exporter, requests, known }
+        let (exporter, uses, handovers) = (None, Uses::default(), OnceLock::new());
+        Self {
+            store,
+            jobs,
+            supervisor,
+            listen,
+            config,
+            keys,
+            exporter,
+            requests,
+            uses,
+            handovers,
+            known,
+        }
     }
 
     /// The settings that count now.
@@ -69,6 +88,7 @@ impl Daemon {
             self.jobs.set_rate(config.limit_rate);
         }
         self.jobs.set_peers(&config.peers);
+        self.supervisor.reload(&config.supervisor(), again.changed.contains(&"memory"));
         log::set_level(config.log);
         let next = Arc::new(config.clone());
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = next;

@@ -70,6 +70,9 @@ pub enum Error {
         /// Its path.
         path: PathBuf,
     },
+    /// The daemon that runs is not replaced.
+    #[error("the v4 that runs was not replaced: {0}")]
+    Replace(String),
     /// The log file cannot be opened.
     #[error("cannot write the log {}", path.display())]
     Log {

@@ -27,19 +27,23 @@ mod log;
 mod ops;
 mod options;
 mod otel;
+mod parent;
 mod patience;
+mod replace;
 mod routes;
+mod service_manager;
+mod uses;
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     runtime::Builder,
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
 };
 use v4_pull::{Jobs, PullConfig};
 use v4_store::Store;
-use v4_supervisor::{KvFolder, Supervisor, SupervisorConfig};
+use v4_supervisor::Supervisor;
 
 pub use config::{Config, DEFAULT_PORT, Given};
 pub use error::Error;
@@ -48,8 +52,9 @@ use crate::{
     daemon::Daemon,
     guard::Guard,
     keys::Keys,
-    listen::{Listeners, Times},
+    listen::{Listeners, Server, Times},
     ops::generate,
+    replace::take::Rest,
     routes::Service,
 };
 
@@ -60,7 +65,8 @@ use crate::{
 /// Why it did not start: another daemon has the home, another program the port, and the like.
 pub fn serve(config: Config) -> Result<(), Error> {
     log::start(&config)?;
-    let store = Arc::new(Store::open(&config.home)?);
+    // Before there are threads: another daemon of this home ends this one here.
+    let store = if config.replaces() { None } else { Some(Arc::new(Store::open(&config.home)?)) };
     let runtime = Builder::new_multi_thread()
         .worker_threads(limits::WORKER_THREADS)
         .max_blocking_threads(limits::BLOCKING_THREADS)
@@ -73,14 +79,46 @@ pub fn serve(config: Config) -> Result<(), Error> {
     result
 }
 
-async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
-    let stops = stops()?;
-    let tcp = match config.listen {
-        Some(address) => Some(listen::tcp(address).await?),
-        None => None,
+/// What a daemon needs of the system: its store and its listeners, and what another one that it
+/// replaces still has.
+struct Place {
+    store: Arc<Store>,
+    listeners: Listeners,
+    rest: Option<Rest>,
+}
+
+/// A home and listeners: of our own, or those of the daemon that is replaced.
+async fn place(config: &mut Config, store: Option<Arc<Store>>) -> Result<Place, Error> {
+    if store.is_none()
+        && let Some(left) = replace::take::take(config).await?
+    {
+        // Else it is a share of what is free now, which lacks what the old one still has.
+        config.memory = config.memory.or(Some(left.budget_bytes));
+        let (store, listeners, rest) = left.split();
+        return Ok(Place { store, listeners, rest: Some(rest) });
+    }
+    let store = match store {
+        Some(store) => store,
+        None => Arc::new(Store::open(&config.home)?),
     };
-    let unix = listen::unix(&config.socket)?;
-    let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
+    let given = service_manager::given(config)?;
+    let tcp = match (given.tcp, config.listen) {
+        (Some(tcp), _) => Some(tcp),
+        (None, Some(address)) => Some(listen::tcp(address).await?),
+        (None, None) => None,
+    };
+    let keeps_socket = given.unix.is_some();
+    let unix = match given.unix {
+        Some(unix) => unix,
+        None => listen::unix(&config.socket)?,
+    };
+    Ok(Place { store, listeners: Listeners { tcp, unix, keeps_socket }, rest: None })
+}
+
+async fn run(mut config: Config, store: Option<Arc<Store>>) -> Result<(), Error> {
+    let stops = stops()?;
+    let Place { store, listeners, rest } = place(&mut config, store).await?;
+    let bound = listeners.tcp.as_ref().and_then(|listener| listener.local_addr().ok());
     let is_far = bound.is_some_and(|address| !address.ip().is_loopback());
     let keys = Arc::new(Keys::open(config.keys.as_deref(), is_far)?);
     if keys.shuts_out() {
@@ -94,47 +132,79 @@ async fn run(config: Config, store: Arc<Store>) -> Result<(), Error> {
         daemon.listen.get_or_init(|| address);
     }
     let service = Service::new(Arc::clone(&daemon), guard(bound), limits::BODY_STALL);
-    let (home, socket) = (config.home.display(), config.socket.display());
-    let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
     for one in &config.origin.ignored {
         let config::Ignored { variable, value, why } = one;
         tracing::warn!(variable, value, why, "a variable of Ollama changes nothing here");
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), %home, listen = tcp_text, %socket, "ready");
     reload_on_hangup(Arc::clone(&daemon))?;
-    preload(&daemon);
-    let listeners = Listeners { tcp, unix };
-    let (first, second) = (nth(stops.clone(), 1), nth(stops, 2));
-    listen::serve(Arc::new(service), listeners, Times::default(), first, second).await;
-    daemon.supervisor.shutdown(Duration::ZERO).await;
-    if let Err(error) = v4_store::fs::remove_socket(&config.socket) {
-        tracing::debug!(%error, "the socket stays behind");
+    let server = Server::new(Arc::new(service), Times::default());
+    let (connections, is_heir) = (server.giver(), rest.is_some());
+    if let Some(rest) = rest {
+        rest.settle(&daemon, connections).await?;
     }
+    let (home, socket) = (config.home.display(), config.socket.display());
+    let tcp_text = bound.map_or_else(|| "off".to_owned(), |address| address.to_string());
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, %home, listen = tcp_text, %socket, is_heir, "ready");
+    let pid = std::process::id();
+    service_manager::tell(&config, &format!("READY=1\nMAINPID={pid}\n"));
+    preload(&daemon);
+    serve_on(server, listeners, &daemon, stops).await;
+    daemon.supervisor.shutdown(Duration::ZERO).await;
     tracing::info!("stopped");
     Ok(())
 }
 
+/// Serves until the daemon is told to stop, or another one has taken its place and the last answer
+/// has ended.
+async fn serve_on(
+    mut server: Server,
+    listeners: Listeners,
+    daemon: &Arc<Daemon>,
+    stops: watch::Receiver<u32>,
+) {
+    let (sender, mut handovers) = mpsc::channel(1);
+    daemon.handovers.get_or_init(|| sender);
+    let mut first = pin!(nth(stops.clone(), 1));
+    let keeps_socket;
+    loop {
+        let next = async {
+            tokio::select! {
+                () = &mut first => None,
+                channel = handovers.recv() => channel,
+            }
+        };
+        let Some(channel) = server.serve(&listeners, next).await else {
+            service_manager::tell(&daemon.config(), "STOPPING=1\n");
+            keeps_socket = listeners.keeps_socket;
+            drop(listeners);
+            server.end(nth(stops, 2)).await;
+            break;
+        };
+        match replace::give::give(&mut server, &listeners, daemon, channel).await {
+            Ok(heir) => {
+                // The socket's path is the new one's now.
+                drop(listeners);
+                if heir.outlive(&mut server, daemon, first).await {
+                    server.end(nth(stops, 2)).await;
+                }
+                return;
+            }
+            Err(refusal) => tracing::warn!(%refusal, "this v4 is not replaced and serves on"),
+        }
+    }
+    if keeps_socket {
+        return;
+    }
+    if let Err(error) = v4_store::fs::remove_socket(&daemon.config().socket) {
+        tracing::debug!(%error, "the socket stays behind");
+    }
+}
+
 /// The parts of a daemon with these settings.
 fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
-    let base = SupervisorConfig::default();
-    let supervisor = SupervisorConfig {
-        keep_alive: config.keep_alive,
-        max_queue: config.max_queue,
-        memory_bytes: config.memory,
-        context: config.context,
-        slots: config.slots,
-        threads: config.threads,
-        kv_type: config.kv_type,
-        precision: config.precision,
-        kv_disk: config.kv_disk.map(|quota_bytes| KvFolder {
-            path: config.home.join(v4_store::KV_FOLDER),
-            quota_bytes,
-        }),
-        models: config.model_rules(),
-        ..base
-    };
     store.set_quota(config.store_quota());
-    let supervisor = Supervisor::start(&supervisor, Arc::clone(&store));
+    let supervisor = Supervisor::start(&config.supervisor(), Arc::clone(&store));
     let mut pull = PullConfig::default();
     if let Some(url) = &config.index_url {
         pull.index_url.clone_from(url);
@@ -158,7 +228,8 @@ fn daemon(config: &Config, store: Arc<Store>, keys: Arc<Keys>) -> Daemon {
     let jobs = Jobs::new(Arc::clone(&store), Arc::new(catalog::Library), headers, pull);
     let mut daemon = Daemon::new(config.clone(), store, jobs, supervisor);
     daemon.keys = keys;
-    daemon.exporter = config.otlp.as_deref().map(otel::Exporter::start);
+    daemon.exporter =
+        config.otlp.as_deref().map(|url| otel::Exporter::start(url, config.otlp_headers.clone()));
     daemon
 }
 

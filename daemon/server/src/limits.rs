@@ -107,11 +107,59 @@ pub const SPANS: usize = 4096;
 /// Spans that are sent together.
 pub const SPAN_BATCH: usize = 256;
 
+/// Bytes of what the systems of a trace say to each other; W3C has them keep 512.
+pub const TRACE_STATE_BYTES: usize = 512;
+
 /// How long a span waits for others.
 pub const SPAN_WAIT: Duration = Duration::from_millis(500);
 
 /// What a collector gets to take them.
 pub const SPAN_SEND: Duration = Duration::from_secs(5);
+
+/// Sockets that a service manager may give: one of TCP, one of unix.
+pub const LISTEN_SOCKETS: u32 = 2;
+
+/// Connections of an old daemon that wait for the new one to take them up.
+pub const GIVEN_CONNECTIONS: usize = 64;
+
+/// Bytes of a packet between an old daemon and a new one: a message (128 pulls have some 60 KB), or
+/// what was read of a connection, which is a header at most. The system takes some 200 KB at once.
+pub const HANDOVER_BYTES: usize = 160 << 10;
+
+/// Time that a daemon gets to read a packet of the other.
+pub const HANDOVER_WORD: Duration = Duration::from_secs(5);
+
+/// Time that a new daemon gets to take the listeners, and an old one to answer at all.
+pub const HANDOVER_READY: Duration = Duration::from_secs(10);
+
+/// Time between the last connection that an old daemon accepts and its asking whether requests are
+/// under way: what was accepted is read by then.
+pub const HANDOVER_PAUSE: Duration = Duration::from_millis(20);
+
+/// Time that requests which use the store get to end while nobody accepts. Connections wait as
+/// long; nearly all of these requests take milliseconds.
+pub const HANDOVER_QUIET: Duration = Duration::from_secs(5);
+
+/// Time between two looks at whether files and locks are free.
+pub const HANDOVER_LOOK: Duration = Duration::from_millis(5);
+
+/// Time that an old daemon gets to let go of its home: both times above, twice.
+pub const HANDOVER_RELEASED: Duration = Duration::from_secs(15);
+
+/// Time that a new daemon gets to open the home. It reads the index once.
+pub const HANDOVER_SERVES: Duration = Duration::from_secs(20);
+
+/// Time that the system gets to give the lock of a new daemon that died to the old one.
+pub const HANDOVER_BACK: Duration = Duration::from_secs(10);
+
+/// Time that the answers of an old daemon get to end. The longest that models write take minutes.
+pub const HANDOVER_DRAIN: Duration = Duration::from_hours(1);
+
+/// Time between two words of an old daemon about its memory.
+pub const HANDOVER_MEMORY: Duration = Duration::from_millis(250);
+
+/// Time that those who watched a pull at the old daemon get to watch it at the new one.
+pub const HANDOVER_WATCHERS: Duration = Duration::from_secs(30);
 
 /// Time that threads get to end at the very last; what still runs then is cut off.
 pub const LAST_WAIT: Duration = Duration::from_secs(1);

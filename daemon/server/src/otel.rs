@@ -1,4 +1,5 @@
-//! Spans of answers for a collector of OpenTelemetry: OTLP as JSON over plain HTTP.
+//! Spans of answers for a collector of OpenTelemetry: OTLP as JSON over HTTP, or over TLS with the
+//! client of pulls. Plain HTTP needs no certificates of the system, and no proxy.
 //!
 //! An answer never waits for it: spans go into a bounded queue, and what does not fit, or no
 //! collector takes, is counted and gone. Prompts and answers are in none.
@@ -12,14 +13,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, StatusCode, header};
+use http::{Request, Uri, header};
 use http_body_util::Full;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, sync::mpsc, time::timeout};
 use v4_proto::{Done, Fault, Finish};
+use v4_pull::Poster;
 
-use crate::limits;
+use crate::{limits, parent::Parent};
 
 /// Where spans go.
 #[derive(Debug)]
@@ -29,12 +31,12 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// Sends to the collector at `url`, `http://HOST:PORT`. Must be called on a tokio runtime.
-    pub fn start(url: &str) -> Arc<Self> {
+    /// Sends to the collector at `url` with these header fields. Must be called on a tokio runtime.
+    pub fn start(url: &str, headers: Vec<(String, String)>) -> Arc<Self> {
         let (sender, receiver) = mpsc::channel(limits::SPANS);
         let dropped = Arc::new(AtomicU64::new(0));
-        let host = url.trim_start_matches("http://").trim_end_matches('/').to_owned();
-        tokio::spawn(send_all(host, receiver, Arc::clone(&dropped)));
+        let collector = Collector::new(url, headers);
+        tokio::spawn(send_all(collector, receiver, Arc::clone(&dropped)));
         Arc::new(Self { sender, dropped })
     }
 
@@ -50,8 +52,66 @@ impl Exporter {
     }
 }
 
+/// Where spans are posted.
+struct Collector {
+    /// Host and port, for people and for the header.
+    host: String,
+    way: Way,
+}
+
+enum Way {
+    /// To this path, with these fields.
+    Plain(String, Vec<(String, String)>),
+    Tls(Poster),
+    /// It cannot be reached, and why.
+    None(String),
+}
+
+impl Collector {
+    /// The collector at a URL that the settings have checked.
+    fn new(url: &str, headers: Vec<(String, String)>) -> Self {
+        let base = url.trim_end_matches('/');
+        let full = if base.ends_with(PATH) { base.to_owned() } else { format!("{base}{PATH}") };
+        let uri: Uri = match full.parse() {
+            Ok(uri) => uri,
+            Err(error) => {
+                let why = format!("its URL cannot be meant: {error}");
+                return Self { host: String::new(), way: Way::None(why) };
+            }
+        };
+        let host = uri.host().unwrap_or_default();
+        let is_plain = uri.scheme_str() == Some("http");
+        let port = uri.port_u16().unwrap_or(if is_plain { 80 } else { 443 });
+        let host = format!("{host}:{port}");
+        if is_plain {
+            return Self { host, way: Way::Plain(uri.path().to_owned(), headers) };
+        }
+        let way = match Poster::new(full, headers, limits::SPAN_SEND) {
+            Ok(poster) => Way::Tls(poster),
+            Err(error) => Way::None(error.to_string()),
+        };
+        Self { host, way }
+    }
+
+    async fn send(&self, spans: &[Value]) -> Result<(), String> {
+        let body = body(spans);
+        let status = match &self.way {
+            Way::Plain(path, headers) => plain(&self.host, path, headers, body).await?,
+            Way::Tls(poster) => poster.post(body).await?,
+            Way::None(why) => return Err(why.clone()),
+        };
+        match status {
+            200 | 202 => Ok(()),
+            status => Err(format!("it answered {status}")),
+        }
+    }
+}
+
+/// What collectors call the place for spans.
+const PATH: &str = "/v1/traces";
+
 /// Sends what comes, several spans at a time, until the daemon ends.
-async fn send_all(host: String, mut spans: mpsc::Receiver<Value>, dropped: Arc<AtomicU64>) {
+async fn send_all(collector: Collector, mut spans: mpsc::Receiver<Value>, dropped: Arc<AtomicU64>) {
     let mut is_heard = true;
     while let Some(first) = spans.recv().await {
         let mut batch = vec![first];
@@ -64,7 +124,7 @@ async fn send_all(host: String, mut spans: mpsc::Receiver<Value>, dropped: Arc<A
         };
         drop(timeout(limits::SPAN_WAIT, more).await);
         let n = batch.len() as u64;
-        let sent = timeout(limits::SPAN_SEND, send(&host, batch)).await;
+        let sent = timeout(limits::SPAN_SEND, collector.send(&batch)).await;
         let why = match sent {
             Ok(Ok(())) => None,
             Ok(Err(why)) => Some(why),
@@ -73,6 +133,7 @@ async fn send_all(host: String, mut spans: mpsc::Receiver<Value>, dropped: Arc<A
         if let Some(why) = &why {
             dropped.fetch_add(n, Ordering::Relaxed);
             if is_heard {
+                let host = &collector.host;
                 tracing::warn!(host, why, "the collector takes no spans; they are dropped");
             }
         }
@@ -80,28 +141,39 @@ async fn send_all(host: String, mut spans: mpsc::Receiver<Value>, dropped: Arc<A
     }
 }
 
-async fn send(host: &str, spans: Vec<Value>) -> Result<(), String> {
+/// Spans in OTLP's words.
+fn body(spans: &[Value]) -> Vec<u8> {
     let service = attribute("service.name", json!({"stringValue": "v4"}));
     let version = json!({"stringValue": env!("CARGO_PKG_VERSION")});
     let body = json!({"resourceSpans": [{
         "resource": {"attributes": [service, attribute("service.version", version)]},
         "scopeSpans": [{"scope": {"name": "v4"}, "spans": spans}],
     }]});
+    body.to_string().into_bytes()
+}
+
+/// Posts a body over plain HTTP; gives the status of the answer.
+async fn plain(
+    host: &str,
+    path: &str,
+    headers: &[(String, String)],
+    body: Vec<u8>,
+) -> Result<u16, String> {
     let wire = TcpStream::connect(host).await.map_err(|error| error.to_string())?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(wire))
         .await
         .map_err(|error| error.to_string())?;
-    let request = Request::post("/v1/traces")
+    let mut request = Request::post(path)
         .header(header::HOST, host)
-        .header(header::CONTENT_TYPE, "application/json")
-        .body(Full::<Bytes>::new(body.to_string().into()))
-        .map_err(|error| error.to_string())?;
+        .header(header::CONTENT_TYPE, "application/json");
+    for (name, value) in headers {
+        request = request.header(name, value);
+    }
+    let request = request.body(Full::<Bytes>::new(body.into()));
+    let request = request.map_err(|error| error.to_string())?;
     let answer = async {
         let answer = sender.send_request(request).await.map_err(|error| error.to_string())?;
-        match answer.status() {
-            StatusCode::OK | StatusCode::ACCEPTED => Ok(()),
-            status => Err(format!("it answered {status}")),
-        }
+        Ok(answer.status().as_u16())
     };
     tokio::select! {
         answer = answer => answer,
@@ -130,15 +202,21 @@ pub struct Trace {
     exporter: Arc<Exporter>,
     operation: &'static str,
     model: String,
+    parent: Option<Parent>,
     began: SystemTime,
     is_over: bool,
 }
 
 impl Trace {
-    /// The answer of `model` begins.
-    pub fn new(exporter: &Arc<Exporter>, operation: &'static str, model: String) -> Self {
+    /// The answer of `model` begins, within a span of its client or in a trace of its own.
+    pub fn new(
+        exporter: &Arc<Exporter>,
+        operation: &'static str,
+        model: String,
+        parent: Option<Parent>,
+    ) -> Self {
         let (exporter, began) = (Arc::clone(exporter), SystemTime::now());
-        Self { exporter, operation, model, began, is_over: false }
+        Self { exporter, operation, model, parent, began, is_over: false }
     }
 
     /// It ended as it should.
@@ -183,7 +261,8 @@ impl Trace {
         parts: &[(&str, u64, u64)],
     ) {
         self.is_over = true;
-        let (trace, root) = (id(16), id(8));
+        let (parent, root) = (self.parent.take(), id(8));
+        let trace = parent.as_ref().map_or_else(|| id(16), |parent| parent.trace.clone());
         let mut attributes = vec![
             text("gen_ai.operation.name", self.operation),
             text("gen_ai.provider.name", "v4"),
@@ -192,13 +271,21 @@ impl Trace {
         attributes.extend(facts);
         let status = error.map_or_else(|| json!({}), |why| json!({"code": 2, "message": why}));
         // Kind 2 is a server's, 1 is of the inside.
-        self.exporter.put(json!({
+        let mut first = json!({
             "traceId": trace, "spanId": root, "kind": 2,
             "name": format!("{} {}", self.operation, self.model),
             "startTimeUnixNano": nanos(self.began).to_string(),
             "endTimeUnixNano": end.to_string(),
             "attributes": attributes, "status": status,
-        }));
+        });
+        let state = parent.as_ref().and_then(|parent| parent.state.clone());
+        if let Some(parent) = parent {
+            first["parentSpanId"] = parent.span.into();
+        }
+        if let Some(state) = &state {
+            first["traceState"] = state.as_str().into();
+        }
+        self.exporter.put(first);
         for (name, start, end) in parts {
             self.exporter.put(json!({
                 "traceId": trace, "spanId": id(8), "parentSpanId": root, "kind": 1,
@@ -243,9 +330,25 @@ mod tests {
         let (sender, receiver) = mpsc::channel(limits::SPANS);
         let exporter = Arc::new(Exporter { sender, dropped: Arc::default() });
         for _ in 0..limits::SPANS + 3 {
-            drop(Trace::new(&exporter, "chat", "m".to_owned()));
+            drop(Trace::new(&exporter, "chat", "m".to_owned(), None));
         }
         assert_eq!((receiver.len(), exporter.dropped()), (limits::SPANS, 3));
+    }
+
+    #[tokio::test]
+    async fn a_collector_is_where_its_url_says() {
+        let of = |url: &str| {
+            let Collector { host, way } = Collector::new(url, Vec::new());
+            match way {
+                Way::Plain(path, _) => format!("{host} {path}"),
+                Way::Tls(_) => format!("{host} tls"),
+                Way::None(why) => why,
+            }
+        };
+        assert_eq!(of("http://127.0.0.1:4318"), "127.0.0.1:4318 /v1/traces");
+        assert_eq!(of("http://otel/base/"), "otel:80 /base/v1/traces");
+        assert_eq!(of("http://[::1]:1/v1/traces"), "[::1]:1 /v1/traces");
+        assert_eq!(of("https://otel.example"), "otel.example:443 tls");
     }
 
     #[test]

@@ -27,6 +27,11 @@ impl<S> Patient<S> {
         Self { stream, stall, waiting: None }
     }
 
+    /// The stream itself.
+    pub fn into_inner(self) -> S {
+        self.stream
+    }
+
     /// A write's outcome; one that waits is an error when it has waited too long.
     fn bound<T>(
         &mut self,

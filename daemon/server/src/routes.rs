@@ -40,6 +40,9 @@ use crate::{
         import, metrics, models, plan, ps, pull,
     },
     options,
+    parent::Parent,
+    replace,
+    uses::Use,
 };
 
 /// Whose words a route speaks.
@@ -66,6 +69,7 @@ enum Op {
     Show,
     Generate,
     Chat,
+    Complete,
     Pull,
     Pulls,
     Steer,
@@ -92,6 +96,14 @@ enum Op {
     ChangeKeys,
     Config,
     Reload,
+    Replace,
+}
+
+impl Op {
+    /// Whether it works on the store for as long as it takes.
+    fn is_long(self) -> bool {
+        matches!(self, Self::Create | Self::Import | Self::Push | Self::PutBlob | Self::Check)
+    }
 }
 
 /// One line of the table.
@@ -106,7 +118,7 @@ struct Route {
 }
 
 /// Every endpoint. `HEAD` is allowed wherever `GET` is.
-static ROUTES: [Route; 39] = [
+static ROUTES: [Route; 41] = [
     route(Method::GET, "/", Surface::Ollama, Scope::Open, Op::Alive),
     route(Method::GET, "/metrics", Surface::Ollama, Scope::Read, Op::Metrics),
     route(Method::GET, "/api/version", Surface::Ollama, Scope::Read, Op::Version),
@@ -143,7 +155,9 @@ static ROUTES: [Route; 39] = [
     route(Method::POST, "/api/keys", Surface::Ollama, Scope::Owner, Op::ChangeKeys),
     route(Method::GET, "/api/config", Surface::Ollama, Scope::Admin, Op::Config),
     route(Method::POST, "/api/config/reload", Surface::Ollama, Scope::Admin, Op::Reload),
+    route(Method::POST, "/api/replace", Surface::Ollama, Scope::Owner, Op::Replace),
     route(Method::POST, "/v1/chat/completions", Surface::OpenAi, Scope::Use, Op::Chat),
+    route(Method::POST, "/v1/completions", Surface::OpenAi, Scope::Use, Op::Complete),
     route(Method::GET, "/v1/models", Surface::OpenAi, Scope::Read, Op::List),
     route(Method::GET, "/v1/models/{*model}", Surface::OpenAi, Scope::Read, Op::One),
 ];
@@ -180,6 +194,12 @@ struct Call<B> {
     caller: Caller,
     /// The part of a blob that is asked for.
     range: Option<HeaderValue>,
+    /// Whether it came over TCP.
+    is_tcp: bool,
+    /// The span that it belongs to.
+    parent: Option<Parent>,
+    /// It uses the store.
+    used: Use,
     body: B,
 }
 
@@ -260,6 +280,10 @@ impl Service {
         let Some(&route) = found.value.iter().find(|route| route.method == asked) else {
             return wrong_method(found.value);
         };
+        let used = match self.daemon.uses.begin(route.op.is_long()).await {
+            Ok(used) => used,
+            Err(fault) => return refused(route.surface, &fault.into()),
+        };
         let keys = &self.daemon.keys;
         let key = match keys.judge(request.headers(), is_tcp, route.scope).await {
             Ok(key) => key,
@@ -273,7 +297,9 @@ impl Service {
         };
         let range = request.headers().get(header::RANGE).cloned();
         let caller = caller::of(request.headers(), request.extensions().get());
-        let call = Call { id, route, rest, lane, caller, range, body: request.into_body() };
+        let parent = Parent::read(request.headers());
+        let body = request.into_body();
+        let call = Call { id, route, rest, lane, caller, range, is_tcp, parent, used, body };
         // A panic costs this request alone.
         let done = AssertUnwindSafe(self.run(call)).catch_unwind().await;
         let result = done.unwrap_or_else(|_| {
@@ -301,19 +327,10 @@ impl Service {
                 let request = decode(&self.reader.read(call.body).await?.bytes)?;
                 let (mut ask, stream) = (request.ask, request.stream);
                 ask.options.lane = call.lane.or(ask.options.lane);
-                ask.caller = call.caller;
-                answer(daemon, ask, stream, request.encoder, ollama::JSON_TYPE).await
+                (ask.caller, ask.parent) = (call.caller, call.parent);
+                answer(daemon, (ask, call.used), stream, request.encoder, ollama::JSON_TYPE).await
             }
-            (Surface::OpenAi, Op::Chat) => {
-                let body = self.reader.read(call.body).await?;
-                let now = Timestamp::now().as_second();
-                let request = openai::decode::chat(&body.bytes, call.id, now)?;
-                drop(body);
-                let (mut ask, stream) = (request.ask, request.stream);
-                ask.options.lane = call.lane.or(ask.options.lane);
-                ask.caller = caller::user(&call.caller, request.user.as_deref());
-                answer(daemon, ask, stream, request.encoder, openai::JSON_TYPE).await
-            }
+            (Surface::OpenAi, Op::Chat | Op::Complete) => self.openai(call).await,
             (Surface::Ollama, Op::Show | Op::Plan | Op::Why) => self.tell(call).await,
             (Surface::Ollama, Op::HasBlob | Op::PutBlob) => self.blob(call).await,
             (Surface::Oci, _) => {
@@ -334,7 +351,9 @@ impl Service {
                 }
                 follow(pulling, asked.stream).await
             }
-            (Surface::Ollama, Op::Keys | Op::ChangeKeys | Op::Reload) => self.rule(call).await,
+            (Surface::Ollama, Op::Keys | Op::ChangeKeys | Op::Reload | Op::Replace) => {
+                self.rule(call).await
+            }
             (Surface::Ollama, Op::Steer) => {
                 let order = ollama::decode::steer(&self.reader.read(call.body).await?.bytes)?;
                 pull::steer(daemon, order)?;
@@ -352,6 +371,24 @@ impl Service {
                 Ok(json(openai::JSON_TYPE, openai::listing::models(listed)))
             }
         }
+    }
+
+    /// Answers of a model in OpenAI's words.
+    async fn openai<B>(&self, call: Call<B>) -> Result<Response<Body>, Refusal>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let body = self.reader.read(call.body).await?;
+        let now = Timestamp::now().as_second();
+        let about = (call.lane, call.caller, call.parent, call.used);
+        if call.route.op == Op::Complete {
+            let request = openai::completions::decode(&body.bytes, call.id, now)?;
+            drop(body);
+            return openai_answer(&self.daemon, request, about).await;
+        }
+        let request = openai::decode::chat(&body.bytes, call.id, now)?;
+        drop(body);
+        openai_answer(&self.daemon, request, about).await
     }
 
     /// Whether a blob is here, or it comes.
@@ -375,7 +412,7 @@ impl Service {
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
-        let daemon = &self.daemon;
+        let (daemon, used) = (&self.daemon, call.used);
         let bytes = self.reader.read(call.body).await?.bytes;
         match call.route.op {
             Op::Copy => {
@@ -386,7 +423,7 @@ impl Service {
             Op::Push => {
                 let asked = ollama::decode::pull(&bytes)?;
                 let watch = pull::push(daemon, asked.model, asked.wish.is_plain).await?;
-                pushed(watch, asked.stream).await
+                Ok(pushed(watch, asked.stream).await?.map(|body| body.holding(used)))
             }
             Op::Delete => {
                 models::remove(daemon, &ollama::decode::delete(&bytes)?).await?;
@@ -404,13 +441,14 @@ impl Service {
             Op::Import => {
                 let (order, stream) = ollama::decode::import(&bytes)?;
                 let daemon = Arc::clone(daemon);
-                told(async move |say| import::import(&daemon, order, &say).await, stream).await
+                let work = async move |say| import::import(&daemon, order, &say).await;
+                told(work, stream, used).await
             }
             _ => {
                 let (order, stream) = ollama::decode::create(&bytes)?;
                 let daemon = Arc::clone(daemon);
                 let work = async move |say| create::create(&daemon, order, &say).await.map(drop);
-                told(work, stream).await
+                told(work, stream, used).await
             }
         }
     }
@@ -452,7 +490,7 @@ impl Service {
             _ => {
                 let daemon = Arc::clone(&self.daemon);
                 let work = async move |say| care::check(&daemon, asked.repair, &say).await;
-                told(work, asked.stream).await
+                told(work, asked.stream, call.used).await
             }
         }
     }
@@ -468,6 +506,11 @@ impl Service {
             let wrong = |error: Error| Fault::invalid(error.to_string());
             let again = blocking(move || daemon.reload().map_err(wrong)).await?;
             return Ok(json(ollama::JSON_TYPE, ollama::listing::reloaded(&again)));
+        }
+        if call.route.op == Op::Replace {
+            let asked = ollama::decode::replace(&self.reader.read(call.body).await?.bytes)?;
+            replace::give::meet(&self.daemon, &asked, call.is_tcp)?;
+            return Ok(plain(StatusCode::OK, ""));
         }
         if call.route.op == Op::Keys {
             let listed = blocking(move || Ok(keys.list())).await?;
@@ -561,12 +604,12 @@ async fn blocking<T: Send + 'static>(
 /// Does what is asked and writes the answer: in one piece, or as it comes.
 async fn answer(
     daemon: &Daemon,
-    ask: Ask,
+    (ask, used): (Ask, Use),
     stream: bool,
     mut encoder: impl Encode + 'static,
     json_type: &'static str,
 ) -> Result<Response<Body>, Refusal> {
-    match generate::start(daemon, ask).await? {
+    match generate::start(daemon, ask, used).await? {
         Started::Settled(settled) => {
             Ok(json(json_type, encoder.settled(settled, Timestamp::now())))
         }
@@ -579,6 +622,18 @@ async fn answer(
             Ok(json(json_type, encoder.whole(all, &end, Timestamp::now())))
         }
     }
+}
+
+/// Answers a request of OpenAI's clients.
+async fn openai_answer(
+    daemon: &Daemon,
+    request: openai::decode::Request<impl Encode + 'static>,
+    (lane, caller, parent, used): (Option<Lane>, Caller, Option<Parent>, Use),
+) -> Result<Response<Body>, Refusal> {
+    let (mut ask, stream) = (request.ask, request.stream);
+    ask.options.lane = lane.or(ask.options.lane);
+    (ask.caller, ask.parent) = (caller::user(&caller, request.user.as_deref()), parent);
+    answer(daemon, (ask, used), stream, request.encoder, openai::JSON_TYPE).await
 }
 
 /// The pieces of an answer as bytes. Dropping the stream drops the answer, which cancels it.
@@ -637,12 +692,18 @@ async fn ended(work: tokio::task::JoinHandle<Result<(), Fault>>) -> Result<(), F
 async fn told<F>(
     work: impl FnOnce(create::Say) -> F,
     stream: bool,
+    used: Use,
 ) -> Result<Response<Body>, Refusal>
 where
     F: Future<Output = Result<(), Fault>> + Send + 'static,
 {
     let (say, mut lines) = tokio::sync::mpsc::channel(limits::CREATE_LINES);
-    let work = tokio::spawn(work(say));
+    let work = work(say);
+    let work = tokio::spawn(async move {
+        let done = work.await;
+        drop(used);
+        done
+    });
     // What cannot be made at all is a refusal, before the first byte.
     let first = lines.recv().await;
     if first.is_none() || !stream {
@@ -670,7 +731,8 @@ where
     Ok(typed(ollama::STREAM_TYPE, Body::stream(body)))
 }
 
-/// Writes the progress of a pull as it comes, or only its last word.
+/// Writes the progress of a pull as it comes, or only its last word. Where another daemon goes on
+/// with it, that one's words are passed on.
 async fn follow(mut pulling: pull::Pulling, stream: bool) -> Result<Response<Body>, Refusal> {
     if stream {
         let body = Body::stream(lines(pulling));
@@ -680,25 +742,48 @@ async fn follow(mut pulling: pull::Pulling, stream: bool) -> Result<Response<Bod
         match progress.stage {
             v4_pull::Stage::Failed(fault) => return Err(fault.into()),
             v4_pull::Stage::Done { .. } => break,
+            v4_pull::Stage::Moved => {
+                pulling.elsewhere().await?.end().await?;
+                break;
+            }
             _ => {}
         }
     }
     Ok(json(ollama::JSON_TYPE, ollama::listing::PullLines::last()))
 }
 
+/// Who tells of a pull.
+enum Teller {
+    Us(pull::Pulling, ollama::listing::PullLines),
+    Other(replace::relay::Lines),
+}
+
 /// The lines of a pull. A failure after the first byte is a line too.
 fn lines(pulling: pull::Pulling) -> impl futures_util::Stream<Item = Bytes> + Send {
-    let state = Some((pulling, ollama::listing::PullLines::default()));
+    let state = Some(Teller::Us(pulling, ollama::listing::PullLines::default()));
     futures_util::stream::unfold(state, async |state| {
-        let (mut pulling, mut lines) = state?;
+        let mut teller = state?;
         loop {
+            let (pulling, lines) = match &mut teller {
+                Teller::Us(pulling, lines) => (pulling, lines),
+                Teller::Other(lines) => return Some((lines.next().await?, Some(teller))),
+            };
             let progress = pulling.next().await?;
-            let piece = progress_lines(&mut lines, &progress);
+            if progress.stage == v4_pull::Stage::Moved {
+                match pulling.elsewhere().await {
+                    Ok(lines) => teller = Teller::Other(lines),
+                    Err(fault) => {
+                        return Some((crate::api::line(&error::ollama_body(&fault)).into(), None));
+                    }
+                }
+                continue;
+            }
+            let piece = progress_lines(lines, &progress);
             if progress.is_last() {
                 return Some((piece, None));
             }
             if !piece.is_empty() {
-                return Some((piece, Some((pulling, lines))));
+                return Some((piece, Some(teller)));
             }
         }
     })
@@ -727,7 +812,7 @@ fn progress_lines(lines: &mut ollama::listing::PullLines, progress: &v4_pull::Pr
 
 /// A part of a path as it was meant: clients write the colon of a tag as `%3A`. `None` where it is
 /// not UTF-8.
-fn percent_decoded(text: &str) -> Option<String> {
+pub fn percent_decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {

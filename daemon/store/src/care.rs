@@ -33,6 +33,8 @@ pub struct Usage {
     pub deleted_bytes: u64,
     /// Bytes of downloads that are not done.
     pub partial_bytes: u64,
+    /// Bytes of keys and values of idle conversations, which runners keep.
+    pub kv_bytes: u64,
     /// Bytes of everything, each once.
     pub total_bytes: u64,
 }
@@ -100,7 +102,8 @@ impl Store {
         for name in tree.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
             usage.partial_bytes += tree.len(&folder.join(name))?.unwrap_or(0);
         }
-        usage.total_bytes += usage.partial_bytes;
+        usage.kv_bytes = tree.kv_bytes()?;
+        usage.total_bytes += usage.partial_bytes + usage.kv_bytes;
         Ok(usage)
     }
 
@@ -113,7 +116,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn prune(&self, partials: bool) -> Result<u64, StoreError> {
         let tree = &self.tree;
-        let change = self.lock_changes();
+        let change = self.lock_changes()?;
         let before: u64 = tree.blobs()?.into_iter().map(|(_, len)| len).sum();
         tree.forget_deleted(true)?;
         let all: Vec<Digest> = tree.blobs()?.into_iter().map(|(digest, _)| digest).collect();
@@ -225,7 +228,7 @@ impl Store {
         let good: Vec<blob::Piece> = self.good_chunks(digest)?.into_iter().flatten().collect();
         let saved = good.iter().map(|piece| piece.range.end - piece.range.start).sum();
         if saved > 0 {
-            let _change = self.lock_changes();
+            let _change = self.lock_changes()?;
             blob::begin(&place, &path, &good)?;
         }
         Ok(saved)
@@ -278,6 +281,19 @@ impl Tree {
     fn len(&self, path: &std::path::Path) -> Result<Option<u64>, StoreError> {
         let meta = self.fs.meta(path).map_err(StoreError::io("look at", path))?;
         Ok(meta.map(|meta| meta.len))
+    }
+
+    /// Bytes of keys and values, of all models together. Runners write and remove them meanwhile.
+    fn kv_bytes(&self) -> Result<u64, StoreError> {
+        let root = self.home.join(crate::KV_FOLDER);
+        let mut bytes = 0;
+        for model in self.fs.list(&root).map_err(StoreError::io("list", &root))? {
+            let folder = root.join(model);
+            for name in self.fs.list(&folder).map_err(StoreError::io("list", &folder))? {
+                bytes += self.len(&folder.join(name))?.unwrap_or(0);
+            }
+        }
+        Ok(bytes)
     }
 
     /// All blobs with their bytes.

@@ -127,7 +127,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::ReadOnly`] for a name of a root; [`StoreError::Io`].
     pub fn delete(&self, name: &ModelName) -> Result<bool, StoreError> {
-        let change = self.lock_changes();
+        let change = self.lock_changes()?;
         let Some(name) = self.stored_name(name)? else { return Ok(false) };
         let path = self.tree.manifest_path(&name);
         if self.tree.fs.meta(&path).map_err(StoreError::io("look at", &path))?.is_none() {
@@ -172,7 +172,7 @@ impl Store {
     /// [`StoreError::Taken`] when the name is used again by now; [`StoreError::DiskFull`] or
     /// [`StoreError::Io`].
     pub fn restore(&self, name: &ModelName) -> Result<bool, StoreError> {
-        let _change = self.lock_changes();
+        let _change = self.lock_changes()?;
         let deleted = self.tree.deleted_names()?;
         let Some(found) = deleted.into_iter().find(|deleted| deleted.matches(name)) else {
             return Ok(false);

@@ -19,6 +19,9 @@ pub enum StoreError {
         /// The home.
         home: PathBuf,
     },
+    /// The home was given to the daemon that replaces this one.
+    #[error("this v4 is being replaced by a new one; try again in a moment")]
+    HandedOver,
     /// The disk is full, or a quota is used up.
     #[error("the disk is full at {}; free some space and try again, nothing is lost", path.display())]
     DiskFull {
@@ -186,6 +189,7 @@ impl StoreError {
             | Self::NoRoot { .. }
             | Self::Moved { .. }
             | Self::Taken { .. } => Code::Invalid,
+            Self::HandedOver => Code::Overloaded,
             Self::Busy(_) | Self::Key(_) => Code::Internal,
         };
         Fault::new(code, self.to_string())

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
 
@@ -32,11 +32,17 @@ pub(crate) struct Tree {
     pub change: Mutex<()>,
     /// Other programs' stores.
     pub roots: RwLock<Vec<Root>>,
-    /// The last field: given back when all else is closed.
-    pub _lock: Lock,
+    /// The lock of the home; `None` while another daemon has it. The last field: given back when
+    /// all else is closed.
+    pub lock: Mutex<Option<Lock>>,
 }
 
 impl Tree {
+    /// Whether this process has the home.
+    pub fn is_ours(&self) -> bool {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Where a blob of this home lies, if it is here.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.home.join("blobs").join(blob::blob_name(digest))
@@ -76,6 +82,10 @@ impl Tree {
     /// A manifest that cannot be read may name anything, so then nothing is deleted.
     pub fn collect(&self, candidates: &[Digest]) -> Result<(), StoreError> {
         self.claims.lock().doomed.extend(candidates);
+        if !self.is_ours() {
+            // They are another daemon's to collect.
+            return Ok(());
+        }
         let Some([named, deleted]) = self.named_blobs()? else { return Ok(()) };
         // Held to the end: a lease taken meanwhile waits, and then finds the blob gone or safe.
         let mut claims = self.claims.lock();

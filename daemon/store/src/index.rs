@@ -9,7 +9,7 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -38,12 +38,26 @@ pub enum Opened {
 pub(crate) struct Index {
     fs: Arc<dyn Fs>,
     folder: PathBuf,
+    /// `None` while another daemon has the home. What is read is not there then, and what is
+    /// written is lost, which an index may lose.
+    rows: RwLock<Option<Rows>>,
+    /// Held while rows change, so that the count beside them is true.
+    change: Mutex<()>,
+}
+
+/// An open database.
+#[derive(Debug, Clone)]
+struct Rows {
     db: sled::Db,
     inspections: sled::Tree,
     last_use: sled::Tree,
     stamps: sled::Tree,
-    /// Held while rows change, so that the count beside them is true.
-    change: Mutex<()>,
+}
+
+impl Rows {
+    fn n(&self) -> usize {
+        self.inspections.len() + self.last_use.len() + self.stamps.len()
+    }
 }
 
 /// A row of the inspections.
@@ -156,13 +170,38 @@ impl Index {
         let last_use = db.open_tree("last_use").map_err(Refusal::Other)?;
         let stamps = db.open_tree("stamps").map_err(Refusal::Other)?;
         let (fs, folder) = (Arc::clone(fs), folder.to_path_buf());
-        Ok(Self { fs, folder, db, inspections, last_use, stamps, change: Mutex::new(()) })
+        let rows = RwLock::new(Some(Rows { db, inspections, last_use, stamps }));
+        Ok(Self { fs, folder, rows, change: Mutex::new(()) })
+    }
+
+    /// Closes the database, so that another daemon can open it.
+    pub fn close(&self) {
+        // Whoever changes a row now ends first.
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let rows = self.rows.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(rows) = rows {
+            // Rows that are lost are found out again.
+            let _ = rows.db.flush();
+        }
+    }
+
+    /// Opens the database again after [`Index::close`].
+    pub fn reopen(&self) -> Result<(), StoreError> {
+        let (fresh, _) = Self::open(&self.fs, &self.folder)?;
+        let rows = fresh.rows.into_inner().unwrap_or_else(PoisonError::into_inner);
+        *self.rows.write().unwrap_or_else(PoisonError::into_inner) = rows;
+        Ok(())
+    }
+
+    /// The database, while it is open. sled's handles are cheap to clone.
+    fn rows(&self) -> Option<Rows> {
+        self.rows.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The cached inspection of a blob. A row that cannot be read, or says what another version of
     /// v4 looked for, is no row.
     pub fn inspection(&self, digest: &Digest) -> Option<Inspection> {
-        let bytes = self.inspections.get(digest.as_bytes()).ok().flatten()?;
+        let bytes = self.rows()?.inspections.get(digest.as_bytes()).ok().flatten()?;
         let row: Inspected<Inspection> = serde_json::from_slice(&bytes).ok()?;
         (row.version == Inspection::VERSION).then_some(row.inspection)
     }
@@ -174,13 +213,13 @@ impl Index {
         if bytes.len() > limits::INSPECTION_BYTES {
             return Ok(());
         }
-        self.insert(&self.inspections, digest.as_bytes(), &bytes)
+        self.insert(|rows| &rows.inspections, digest.as_bytes(), &bytes)
     }
 
     /// Forgets a blob that is gone.
     pub fn remove_blob(&self, digest: &Digest) -> Result<(), StoreError> {
-        self.remove(&self.inspections, digest.as_bytes())?;
-        self.remove(&self.stamps, digest.as_bytes())
+        self.remove(|rows| &rows.inspections, digest.as_bytes())?;
+        self.remove(|rows| &rows.stamps, digest.as_bytes())
     }
 
     /// Forgets the inspection of several files together, which is kept under a digest of its own.
@@ -192,23 +231,24 @@ impl Index {
         if manifest.digests().contains(key) {
             return Ok(());
         }
-        self.remove(&self.inspections, key.as_bytes())
+        self.remove(|rows| &rows.inspections, key.as_bytes())
     }
 
     /// Whether a blob's file looked like this when its bytes were last known to be right.
     pub fn is_stamped(&self, digest: &Digest, meta: &Meta) -> bool {
-        let known = self.stamps.get(digest.as_bytes()).ok().flatten();
+        let rows = self.rows();
+        let known = rows.and_then(|rows| rows.stamps.get(digest.as_bytes()).ok().flatten());
         known.is_some_and(|known| known.as_ref() == stamp(meta))
     }
 
     /// Notes what a blob's file looks like while its bytes are known to be right.
     pub fn put_stamp(&self, digest: &Digest, meta: &Meta) -> Result<(), StoreError> {
-        self.insert(&self.stamps, digest.as_bytes(), &stamp(meta))
+        self.insert(|rows| &rows.stamps, digest.as_bytes(), &stamp(meta))
     }
 
     /// When a name was last used, if it is known.
     pub fn last_use(&self, name: &ModelName) -> Option<SystemTime> {
-        let bytes = self.last_use.get(name.to_string()).ok().flatten()?;
+        let bytes = self.rows()?.last_use.get(name.to_string()).ok().flatten()?;
         let millis = u64::from_le_bytes(bytes.as_ref().try_into().ok()?);
         UNIX_EPOCH.checked_add(Duration::from_millis(millis))
     }
@@ -217,42 +257,46 @@ impl Index {
     pub fn touch(&self, name: &ModelName, now: SystemTime) -> Result<(), StoreError> {
         let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        self.insert(&self.last_use, name.to_string().as_bytes(), &millis.to_le_bytes())
+        self.insert(|rows| &rows.last_use, name.to_string().as_bytes(), &millis.to_le_bytes())
     }
 
     /// Forgets a name.
     pub fn remove_name(&self, name: &ModelName) -> Result<(), StoreError> {
-        self.remove(&self.last_use, name.to_string().as_bytes())
+        self.remove(|rows| &rows.last_use, name.to_string().as_bytes())
     }
 
     /// The row first, the count after it: a crash between them leaves a row too many, which is no
     /// loss.
-    fn insert(&self, tree: &sled::Tree, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+    fn insert(
+        &self,
+        tree: fn(&Rows) -> &sled::Tree,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<(), StoreError> {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_new = tree.insert(key, value).map_err(self.failed())?.is_none();
+        let Some(rows) = self.rows() else { return Ok(()) };
+        let is_new = tree(&rows).insert(key, value).map_err(self.failed())?.is_none();
         if is_new {
-            self.db.flush().map_err(self.failed())?;
+            rows.db.flush().map_err(self.failed())?;
             // sled's flush hands the bytes to the system; the sync brings them to the disk.
             let path = self.folder.join("db").join("db");
             let file = self.fs.open(&path).and_then(|mut file| file.sync());
             file.map_err(StoreError::io("sync", &path))?;
-            self.write_rows(self.n_rows())?;
+            self.write_rows(rows.n())?;
         }
         Ok(())
     }
 
     /// The count first, the row after it, for the same reason.
-    fn remove(&self, tree: &sled::Tree, key: &[u8]) -> Result<(), StoreError> {
+    fn remove(&self, tree: fn(&Rows) -> &sled::Tree, key: &[u8]) -> Result<(), StoreError> {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(rows) = self.rows() else { return Ok(()) };
+        let tree = tree(&rows);
         if tree.contains_key(key).map_err(self.failed())? {
-            self.write_rows(self.n_rows().saturating_sub(1))?;
+            self.write_rows(rows.n().saturating_sub(1))?;
             tree.remove(key).map_err(self.failed())?;
         }
         Ok(())
-    }
-
-    fn n_rows(&self) -> usize {
-        self.inspections.len() + self.last_use.len() + self.stamps.len()
     }
 
     fn write_rows(&self, n_rows: usize) -> Result<(), StoreError> {
@@ -326,7 +370,7 @@ mod tests {
         let before = serde_json::to_vec(&inspection);
         for row in [later, before] {
             let row = row.expect("encodes");
-            index.insert(&index.inspections, digest.as_bytes(), &row).expect("is kept");
+            index.insert(|rows| &rows.inspections, digest.as_bytes(), &row).expect("is kept");
             assert_eq!(index.inspection(&digest), None);
         }
     }

@@ -27,6 +27,11 @@ impl Claims {
     pub fn is_leased(&self, digest: &Digest) -> bool {
         self.leased.contains_key(digest)
     }
+
+    /// Whether somebody writes a partial.
+    pub fn is_written(&self) -> bool {
+        !self.partials.is_empty()
+    }
 }
 
 /// [`Claims`], shared with the leases that are out.

@@ -108,7 +108,7 @@ impl Store {
             claims: lease::Shared::default(),
             change: Mutex::new(()),
             roots: RwLock::default(),
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         };
         tree.load_roots()?;
         tree.sweep_partials()?;
@@ -121,6 +121,38 @@ impl Store {
             quota: Mutex::default(),
             hashing: Mutex::new(()),
         })
+    }
+
+    /// Gives the home to another daemon: names and blobs can still be read here, and nothing can be
+    /// changed until [`Store::take_back`]. Whoever writes must have ended: partials are not waited
+    /// for.
+    pub fn hand_over(&self) {
+        let _change = self.tree.change.lock().unwrap_or_else(PoisonError::into_inner);
+        self.tree.index.close();
+        *self.tree.lock.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Whether somebody writes a partial.
+    pub fn is_written(&self) -> bool {
+        self.tree.claims.lock().is_written()
+    }
+
+    /// Takes the home again that was given away.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when another daemon has it by now; what the disk says.
+    pub fn take_back(&self) -> Result<(), StoreError> {
+        let (tree, home) = (&self.tree, &self.tree.home);
+        let _change = tree.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = tree.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.is_some() {
+            return Ok(());
+        }
+        let lock = tree.fs.lock(&home.join("lock")).map_err(StoreError::io("lock", home))?;
+        let lock = lock.ok_or_else(|| StoreError::Locked { home: home.clone() })?;
+        tree.index.reopen()?;
+        *held = Some(lock);
+        Ok(())
     }
 
     /// The home.
@@ -173,7 +205,7 @@ impl Store {
     pub fn put_manifest(&self, name: &ModelName, bytes: &[u8]) -> Result<Digest, StoreError> {
         let manifest = Manifest::parse(bytes)
             .map_err(|source| StoreError::Manifest { name: Box::new(name.clone()), source })?;
-        let _change = self.lock_changes();
+        let _change = self.lock_changes()?;
         for layer in manifest.blobs() {
             if self.blob(&layer.digest)? != Some(layer.size) {
                 return Err(StoreError::Missing(layer.digest));
@@ -204,7 +236,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn remove(&self, name: &ModelName) -> Result<bool, StoreError> {
-        let _change = self.lock_changes();
+        let _change = self.lock_changes()?;
         let Some(name) = self.stored_name(name)? else { return Ok(false) };
         let record = match self.tree.read_record(&name) {
             Ok(record) => record,
@@ -412,6 +444,9 @@ impl Store {
     /// Where the partial of a key lies, and the right to change it.
     fn claim(&self, key: &str) -> Result<(Place, lease::Claim), StoreError> {
         let place = self.place(key)?;
+        if !self.tree.is_ours() {
+            return Err(StoreError::HandedOver);
+        }
         let claim = self.tree.claims.claim(key).ok_or_else(|| StoreError::Busy(key.to_owned()))?;
         Ok((place, claim))
     }
@@ -436,8 +471,10 @@ impl Store {
         })
     }
 
-    fn lock_changes(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.tree.change.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The right to change names, as long as the home is ours.
+    fn lock_changes(&self) -> Result<std::sync::MutexGuard<'_, ()>, StoreError> {
+        let change = self.tree.change.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.tree.is_ours() { Ok(change) } else { Err(StoreError::HandedOver) }
     }
 
     /// A file name of its own for bytes that are being put. The lock on the home makes a counter

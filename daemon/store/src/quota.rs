@@ -238,7 +238,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::DiskFull`] or [`StoreError::Io`].
     pub fn pin(&self, name: &ModelName, is_pinned: bool) -> Result<bool, StoreError> {
-        let _change = self.lock_changes();
+        let _change = self.lock_changes()?;
         let mut pins = self.pins()?;
         let was_pinned = pins.iter().any(|pin| pin.matches(name));
         if was_pinned == is_pinned {

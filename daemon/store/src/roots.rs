@@ -111,7 +111,7 @@ impl Store {
     /// [`StoreError::NoRoot`] for a folder that is none; [`StoreError::DiskFull`] or
     /// [`StoreError::Io`].
     pub fn add_root(&self, path: &Path) -> Result<Root, StoreError> {
-        let _change = self.lock_changes();
+        let _change = self.lock_changes()?;
         let refused = || StoreError::NoRoot { path: path.to_path_buf() };
         let is_line = path.to_str().is_some_and(|text| !text.contains('\n'));
         if !path.is_absolute() || !is_line || path == self.home() {
@@ -131,7 +131,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::DiskFull`] or [`StoreError::Io`].
     pub fn remove_root(&self, path: &Path) -> Result<bool, StoreError> {
-        let _change = self.lock_changes();
+        let _change = self.lock_changes()?;
         let before = self.tree.roots();
         let roots: Vec<Root> = before.iter().filter(|root| root.path != path).cloned().collect();
         let is_known = roots.len() < before.len();

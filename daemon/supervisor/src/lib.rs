@@ -220,6 +220,22 @@ impl Supervisor {
         self.ask(self.next_id(), target, Terms::default(), Work::Swap).await.map(|_| true)
     }
 
+    /// Takes other settings for models: budget, queue, context, sequences, keep-alive and the rules
+    /// of single models. Where the memory did not change (`is_memory`), the budget stays as it is.
+    pub fn reload(&self, config: &SupervisorConfig, is_memory: bool) {
+        let message = Message::Rules { config: Box::new(config.clone()), is_memory };
+        if let Err(fault) = self.tell(message) {
+            tracing::warn!(%fault, "the rules for models stay as they are");
+        }
+    }
+
+    /// Says how many bytes another process holds that is about to leave: no model gets them before.
+    pub fn hold_back(&self, bytes: u64) {
+        if self.tell(Message::HoldBack(bytes)).is_err() {
+            tracing::debug!(bytes, "the supervisor does not hear what is held back");
+        }
+    }
+
     /// Refuses new work, lets running answers end until `deadline` from now, and ends all runners.
     pub async fn shutdown(&self, deadline: Duration) {
         let (reply, answer) = oneshot::channel();

@@ -73,6 +73,13 @@ pub(crate) enum Message {
         name: ModelName,
         reply: oneshot::Sender<Vec<(SystemTime, Decision)>>,
     },
+    /// Bytes that another process holds.
+    HoldBack(u64),
+    /// Other settings, and whether the memory is among what changed.
+    Rules {
+        config: Box<SupervisorConfig>,
+        is_memory: bool,
+    },
     Shutdown {
         deadline: Duration,
         reply: oneshot::Sender<()>,
@@ -119,17 +126,8 @@ pub(crate) struct Owner {
 
 impl Owner {
     pub fn new(config: &SupervisorConfig, launch: Launch, register: Arc<Register>) -> Self {
-        let rules = Rules {
-            budget_bytes: config.memory_bytes.unwrap_or_else(inventory::budget_bytes),
-            max_queue: config.max_queue,
-            slots: config.slots,
-            context: config.context,
-            kv_type: config.kv_type,
-            threads: if config.threads == 0 { inventory::cores() } else { config.threads },
-            spare: config.spare,
-            keep_alive: config.keep_alive,
-            models: config.models.clone(),
-        };
+        let budget_bytes = config.memory_bytes.unwrap_or_else(inventory::budget_bytes);
+        let rules = rules(config, budget_bytes);
         tracing::info!(budget_bytes = rules.budget_bytes, "memory for models");
         let (reports, reported) = mpsc::channel(limits::REPORTS);
         Self {
@@ -216,11 +214,29 @@ impl Owner {
             Message::Why { name, reply } => {
                 let _ = reply.send(self.why(&name));
             }
+            Message::HoldBack(bytes) => self.step(Event::HoldBack(bytes)),
+            Message::Rules { config, is_memory } => self.reload(&config, is_memory),
             Message::Shutdown { deadline, reply } => {
                 self.closers.push(reply);
                 self.step(Event::Shutdown { deadline });
             }
         }
+    }
+
+    /// Takes other settings: those of [`Rules`], the others count at the next start.
+    fn reload(&mut self, config: &SupervisorConfig, is_memory: bool) {
+        let budget_bytes = match config.memory_bytes {
+            _ if !is_memory => self.state.budget_bytes(),
+            Some(bytes) => bytes,
+            // What models have is not available, and is theirs to have.
+            None => inventory::budget_bytes().saturating_add(self.state.used_bytes()),
+        };
+        tracing::info!(budget_bytes, "the rules for models were read again");
+        self.step(Event::Rules(Box::new(Rules {
+            threads: self.state.threads(),
+            kv_type: self.kv_type,
+            ..rules(config, budget_bytes)
+        })));
     }
 
     fn ask(&mut self, ask: Ask) {
@@ -534,4 +550,19 @@ impl Owner {
 
 fn begun(load: Duration) -> Begun {
     Begun { load_ns: u64::try_from(load.as_nanos()).unwrap_or(u64::MAX) }
+}
+
+/// What the policy is told of settings.
+fn rules(config: &SupervisorConfig, budget_bytes: u64) -> Rules {
+    Rules {
+        budget_bytes,
+        max_queue: config.max_queue,
+        slots: config.slots,
+        context: config.context,
+        kv_type: config.kv_type,
+        threads: if config.threads == 0 { inventory::cores() } else { config.threads },
+        spare: config.spare,
+        keep_alive: config.keep_alive,
+        models: config.models.clone(),
+    }
 }

@@ -37,6 +37,7 @@ mod models;
 mod place;
 mod plan;
 mod preview;
+mod reload;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -62,8 +63,8 @@ pub type AskId = u64;
 /// Who asks, in a few letters: those of one caller take turns with those of others.
 pub type Caller = Arc<str>;
 
-/// What does not change while the daemon runs.
-#[derive(Debug, Clone)]
+/// What a person has said; it changes with [`Event::Rules`] alone.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rules {
     /// Bytes that all models may take of the host's memory.
     pub budget_bytes: u64,
@@ -181,6 +182,8 @@ pub enum Reason {
     Room(ModelName),
     /// Models take more than they may.
     OverBudget,
+    /// Its settings have changed: it is loaded again with the new ones.
+    Settings,
     /// The name's new model takes over.
     Replaced,
     /// Other programs need the memory of this device.
@@ -193,8 +196,17 @@ pub enum Reason {
 
 impl Reason {
     /// Every [`Reason::word`].
-    pub const WORDS: [&str; 8] =
-        ["idle", "asked", "room", "over_budget", "replaced", "others", "lost", "shutdown"];
+    pub const WORDS: [&str; 9] = [
+        "idle",
+        "asked",
+        "room",
+        "over_budget",
+        "settings",
+        "replaced",
+        "others",
+        "lost",
+        "shutdown",
+    ];
 
     /// The reason in a word.
     pub fn word(&self) -> &'static str {
@@ -203,6 +215,7 @@ impl Reason {
             Self::Asked => "asked",
             Self::Room(_) => "room",
             Self::OverBudget => "over_budget",
+            Self::Settings => "settings",
             Self::Replaced => "replaced",
             Self::Others(_) => "others",
             Self::Lost(_) => "lost",
@@ -254,6 +267,10 @@ pub enum Event {
     Unload(ModelName),
     /// A runner has told of the machine's devices.
     Devices(Inventory),
+    /// Another process, which is about to leave, holds so many bytes.
+    HoldBack(u64),
+    /// The settings were read again.
+    Rules(Box<Rules>),
     /// The daemon ends.
     Shutdown {
         /// What running answers get.
@@ -394,6 +411,8 @@ pub struct Runner {
     load_began: Time,
     /// Its model's rules say that it stays.
     is_pinned: bool,
+    /// It was loaded with another context or number of sequences than the rules say now.
+    is_outdated: bool,
     /// Gets nothing new, for its successor needs the memory.
     leaving: bool,
     /// Gets nothing new, for another model needs the memory. Decided anew in each step.
@@ -416,6 +435,7 @@ impl Runner {
             ready_at: Time::ZERO,
             load_began: Time::ZERO,
             is_pinned: false,
+            is_outdated: false,
             leaving: false,
             yielding: false,
         }
@@ -625,6 +645,10 @@ pub struct State {
     devices: Devices,
     /// When a model's quantum ends that somebody waits for.
     quantum_ends: Option<Time>,
+    /// Bytes that another process holds, which is about to leave.
+    held_back: u64,
+    /// The budget has become smaller, and models may still be beyond it.
+    is_shrunk: bool,
     next_runner: RunnerId,
     spare_retry_at: Time,
     spare_deaths: u32,
@@ -643,6 +667,8 @@ impl State {
             history: History::default(),
             devices: Devices::default(),
             quantum_ends: None,
+            held_back: 0,
+            is_shrunk: false,
             next_runner: 1,
             spare_retry_at: Time::ZERO,
             spare_deaths: 0,
@@ -758,6 +784,8 @@ pub fn step(state: &mut State, event: Event, now: Time) -> Vec<Effect> {
             let own = state.used();
             state.devices.update(inventory, &own);
         }
+        Event::HoldBack(bytes) => state.held_back = bytes,
+        Event::Rules(rules) => reload::rules(state, *rules, &mut turn),
         Event::Shutdown { deadline } => shutdown(state, deadline, &mut turn),
         Event::Tick => {}
     }

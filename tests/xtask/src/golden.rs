@@ -107,7 +107,7 @@ const OLLAMAS: &[&str] = &[
 fn settings(page: &mut String, source: &str) {
     page.push_str(
         "\n## Settings\n\nA switch of `v4 serve` comes before a variable, a variable before the file, the \
-         file before a variable of Ollama. The file is `config.toml` in the home, or what `V4_CONFIG` \
+         file before a variable of Ollama or OpenTelemetry. The file is `config.toml` in the home, or what `V4_CONFIG` \
          names (`off` reads none): TOML, with the keys below, whose values are in the same words; lists \
          may be lists. `v4 config` shows what counts and who said it. `v4 config --reload` and SIGHUP \
          have the file read again: what is live changes at once, the rest at the next start, and a file \
@@ -122,7 +122,8 @@ fn settings(page: &mut String, source: &str) {
          excludes = [\"gemma3*\"] # never in memory at the same time\n\
          device = \"gpu0\"   # or a GPU's UUID, or \"host\"; what does not fit a GPU goes to the host\n\
          gpus = 2          # over so many GPUs at most\n```\n\n\
-         All of a model but `keep_alive` counts from the next start on.\n\n\
+         `preload` counts at the next start, all else at once; a model that is loaded is loaded again when \
+         nobody uses it where its `slots` or `context` have changed.\n\n\
          | key | variable | default | live | what it says |\n|---|---|---|---|---|\n",
     );
     for Declared { key, words, is_live, said } in declared(source) {
@@ -138,7 +139,10 @@ fn settings(page: &mut String, source: &str) {
          commands know both too, and `V4_HOST`: the daemon at `http://HOST:PORT` instead of this \
          user's own, with the key that it wants in `V4_KEY`. Pulls and pushes go through the proxies \
          that `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` name. Those of Ollama's variables that mean \
-         nothing here are named with the reason by `v4 config` where they are set.\n",
+         nothing here are named with the reason by `v4 config` where they are set. Sockets that systemd \
+         listens on for the service (`LISTEN_FDS`) are served instead of `listen` and `V4_SOCKET`; it is \
+         told (`NOTIFY_SOCKET`) when v4 is ready and which process serves, which `v4 serve --replace` \
+         changes: `Type=notify` and `NotifyAccess=all`.\n",
     );
 }
 

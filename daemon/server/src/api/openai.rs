@@ -1,5 +1,6 @@
 //! The surface of OpenAI's clients: JSON, streams of server-sent events.
 
+pub mod completions;
 pub mod decode;
 pub mod encode;
 pub mod listing;

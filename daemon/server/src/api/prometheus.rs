@@ -132,8 +132,10 @@ const REQUESTS: Family =
     counter("v4_http_requests_total", "Requests by `method`, `route` and `status`.");
 const BUDGET: Family = gauge("v4_memory_budget_bytes", "Memory that all models may take.");
 const USED: Family = gauge("v4_memory_used_bytes", "Memory taken or promised to loads.");
-const STORE: Family =
-    gauge("v4_store_bytes", "Disk by `kind`: models, and orphans, deleted, partials.");
+const STORE: Family = gauge(
+    "v4_store_bytes",
+    "Disk by `kind`: models, orphans, deleted, partials, and kv of idle conversations.",
+);
 const PULLS: Family = gauge("v4_pulls_running", "Pulls that run or are paused.");
 const PULLED: Family = counter("v4_pull_bytes_total", "Bytes that pulls took from their sources.");
 const DROPPED: Family =
@@ -186,12 +188,14 @@ fn machine(page: &mut Page, snapshot: &Snapshot) {
     page.one(&USED, snapshot.figures.used_bytes as f64);
     page.begin(&STORE);
     if let Some(usage) = &snapshot.usage {
-        let others = usage.orphan_bytes.saturating_add(usage.deleted_bytes);
+        let others =
+            usage.orphan_bytes + usage.deleted_bytes + usage.partial_bytes + usage.kv_bytes;
         let kinds = [
             ("models", usage.total_bytes.saturating_sub(others)),
             ("orphans", usage.orphan_bytes),
             ("deleted", usage.deleted_bytes),
             ("partials", usage.partial_bytes),
+            ("kv", usage.kv_bytes),
         ];
         for (kind, bytes) in kinds {
             page.line(STORE.name, &[("kind", kind)], bytes as f64);

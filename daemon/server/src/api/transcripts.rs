@@ -14,7 +14,7 @@ macro_rules! transcripts {
     };
 }
 
-const TRANSCRIPTS: [(&str, &str); 12] = transcripts![
+const TRANSCRIPTS: [(&str, &str); 15] = transcripts![
     "ollama/generate-stream",
     "ollama/generate-whole",
     "ollama/generate-failed",
@@ -27,6 +27,9 @@ const TRANSCRIPTS: [(&str, &str); 12] = transcripts![
     "openai/chat-whole",
     "openai/chat-failed",
     "openai/chat-silent",
+    "openai/completions-stream",
+    "openai/completions-whole",
+    "openai/completions-failed",
 ];
 
 /// Title and text of each part of a transcript.
@@ -41,6 +44,11 @@ fn play(path: &str, body: &str, events: (&str, &str)) -> (String, String) {
     let (mut encoder, stream, json_type): (Box<dyn Encode>, bool, &str) = match path {
         "/v1/chat/completions" => {
             let request = openai::decode::chat(body.as_bytes(), 7, now.as_second()).expect(body);
+            (Box::new(request.encoder), request.stream, openai::JSON_TYPE)
+        }
+        "/v1/completions" => {
+            let request = openai::completions::decode(body.as_bytes(), 7, now.as_second());
+            let request = request.expect(body);
             (Box::new(request.encoder), request.stream, openai::JSON_TYPE)
         }
         path => {

@@ -32,7 +32,7 @@ pub struct ModelTable {
     pub keep_alive: Option<KeepAlive>,
     /// Whether it is loaded when the daemon starts.
     pub preload: bool,
-    /// What the supervisor is told of it; from the next start on.
+    /// What the supervisor is told of it.
     pub rules: ModelRules,
 }
 

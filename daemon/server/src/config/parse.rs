@@ -118,16 +118,33 @@ pub fn token(text: Option<&str>, _: &World) -> Parsed<Option<String>> {
     }
 }
 
-/// A host and port without TLS.
+/// Where spans go.
 pub fn collector(text: Option<&str>, world: &World) -> Parsed<Option<String>> {
-    let is_plain = |url: &String| {
-        let host = url.strip_prefix("http://").unwrap_or_default();
-        host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+    let is_whole = |url: &String| {
+        let uri: Option<http::Uri> = url.parse().ok();
+        let authority = uri.as_ref().and_then(http::Uri::authority);
+        // A host alone, or with a port that is one.
+        authority.is_some_and(|it| it.port_u16().is_some() || it.as_str() == it.host())
     };
     match url(text, world) {
-        Ok(found) if found.as_ref().is_none_or(is_plain) => Ok(found),
+        Ok(found) if found.as_ref().is_none_or(is_whole) => Ok(found),
         _ => Err("a collector such as http://127.0.0.1:4318"),
     }
+}
+
+/// Header fields as OpenTelemetry writes them: `name=value` with commas between them, in which
+/// `%` and two digits stand for a byte.
+pub fn headers(text: Option<&str>, _: &World) -> Parsed<Vec<(String, String)>> {
+    const EXPECTED: &str = "header fields such as api-key=secret with commas between them";
+    let items = text.unwrap_or_default().split(',').map(str::trim).filter(|item| !item.is_empty());
+    let field = |item: &str| {
+        let (name, value) = item.split_once('=')?;
+        let name: http::HeaderName = name.trim().parse().ok()?;
+        let value = crate::routes::percent_decoded(value.trim())?;
+        http::HeaderValue::from_str(&value).ok()?;
+        Some((name.to_string(), value))
+    };
+    items.map(|item| field(item).ok_or(EXPECTED)).collect()
 }
 
 pub fn url(text: Option<&str>, _: &World) -> Parsed<Option<String>> {

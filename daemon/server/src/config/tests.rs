@@ -73,6 +73,7 @@ const SET: &[(&str, &str)] = &[
     ("V4_LOG", "debug"),
     ("V4_LOG_FORMAT", "json"),
     ("V4_OTLP", "http://otel:4318/"),
+    ("V4_OTLP_HEADERS", "api-key=a%20b"),
     ("V4_LOG_FILE", "/l"),
 ];
 
@@ -96,6 +97,7 @@ fn assert_is_set(config: &Config) {
     assert_eq!((&config.keys, config.log), (&None, LevelFilter::DEBUG));
     assert_eq!(config.log_format, LogFormat::Json);
     assert_eq!(config.otlp.as_deref(), Some("http://otel:4318"));
+    assert_eq!(config.otlp_headers, [("api-key".to_owned(), "a b".to_owned())]);
     assert_eq!(config.origins, ["https://a.example", "*"]);
 }
 
@@ -109,8 +111,12 @@ fn every_variable_is_honoured_and_switches_come_first() {
     for (setting, said) in SETTINGS.iter().zip(&config.origin.said) {
         assert_eq!(said.source, Source::Variable(setting.variable));
     }
-    let given =
-        Given { home: Some("/g".into()), listen: Some("0.0.0.0:80".to_owned()), background: true };
+    let given = Given {
+        home: Some("/g".into()),
+        listen: Some("0.0.0.0:80".to_owned()),
+        background: true,
+        ..Given::default()
+    };
     let config = load(&given, &[("V4_HOME", "/h"), ("V4_LISTEN", "1")]).expect("valid");
     assert_eq!(config.home, PathBuf::from("/g"));
     assert_eq!(config.listen, Some(([0, 0, 0, 0], 80).into()));
@@ -237,17 +243,19 @@ fn what_is_read_again_changes_what_may_and_says_what_waits() {
     let config = config.expect("valid");
     let file = home.path().join("config.toml");
     let write = |text: &str| fs::replace_private(&file, text.as_bytes()).expect("written");
-    write("slots = 4\nkeep_alive = 90\n[model.m]\nkeep_alive = 0\n");
+    write("slots = 4\nthreads = 7\nkeep_alive = 90\n[model.m]\nkeep_alive = 0\n");
     let again = config.again().expect("valid");
-    assert_eq!(again.changed, ["keep_alive", "quota", "model"]);
-    assert_eq!(again.at_start, ["slots"]);
+    assert_eq!(again.changed, ["keep_alive", "slots", "quota", "model"]);
+    assert_eq!(again.at_start, ["threads"]);
     let config = again.config;
     assert_eq!(config.keep_alive, KeepAlive::For(Duration::from_secs(90)));
-    assert_eq!((config.slots, config.quota, config.models.len()), (3, None, 1));
-    assert_eq!(source(&config, "keep_alive"), "file, line 2");
+    assert_eq!((config.slots, config.threads, config.quota), (4, 0, None));
+    assert_eq!(config.models.len(), 1);
+    assert_eq!(source(&config, "keep_alive"), "file, line 3");
     write("slots = 3\n[model.m]\npin = true\n");
     let again = config.again().expect("valid");
-    assert_eq!((again.changed, again.at_start), (vec!["keep_alive", "model"], vec!["model"]));
+    assert_eq!(again.changed, ["keep_alive", "slots", "model"]);
+    assert!(again.at_start.is_empty());
     write("slots = \n");
     assert!(config.again().expect_err("refused").to_string().contains("line 1"));
 }
@@ -299,8 +307,9 @@ fn a_value_that_cannot_be_meant_names_its_setting() {
         ("V4_LIMIT_RATE", "fast"),
         ("V4_LOG", "loud"),
         ("V4_LOG_FORMAT", "xml"),
-        ("V4_OTLP", "https://otel:4318"),
-        ("V4_OTLP", "http://otel/v1/traces"),
+        ("V4_OTLP", "otel:4318"),
+        ("V4_OTLP", "http://otel:port"),
+        ("V4_OTLP", "http://a,http://b"),
         ("HF_TOKEN", "two words"),
         ("HF_ENDPOINT", "hub.example"),
         ("V4_NPM_URL", "http://a,http://b"),
@@ -310,8 +319,21 @@ fn a_value_that_cannot_be_meant_names_its_setting() {
         let text = error.expect_err("refused").to_string();
         assert!(text.starts_with(&format!("{name} is \"{value}\", but must be ")), "{text}");
     }
-    let secret = load(&Given::default(), &[("HOME", "/u"), ("V4_PEERS", "v4-x@box")]);
-    assert!(!secret.expect_err("refused").to_string().contains("v4-x"));
+    for (name, value) in
+        [("V4_PEERS", "v4-x@box"), ("V4_OTLP_HEADERS", "v4-x"), ("V4_OTLP_HEADERS", "a b=v4-x")]
+    {
+        let secret = load(&Given::default(), &[("HOME", "/u"), (name, value)]);
+        assert!(!secret.expect_err("refused").to_string().contains("v4-x"));
+    }
+    let set = [
+        ("HOME", "/u"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://otel.example/otlp/"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "API-Key=a%2Cb, x=1"),
+    ];
+    let config = load(&Given::default(), &set).expect("valid");
+    assert_eq!(config.otlp.as_deref(), Some("https://otel.example/otlp"));
+    let fields = [("api-key", "a,b"), ("x", "1")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+    assert_eq!(config.otlp_headers, fields);
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::{os::unix::fs::PermissionsExt, path::PathBuf};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt},
+    net::{TcpStream, UnixStream},
     sync::oneshot,
     task::JoinHandle,
     time::timeout,
@@ -45,9 +46,14 @@ async fn server(times: Times) -> Server {
     let unix = super::unix(&socket).expect("a socket");
     let (stop, stopped) = oneshot::channel();
     let (now, at_once) = oneshot::channel();
-    let listeners = Listeners { tcp: Some(tcp), unix };
+    let listeners = Listeners { tcp: Some(tcp), unix, keeps_socket: false };
     let service = Arc::clone(&fixture.service);
-    let task = tokio::spawn(serve(service, listeners, times, told(stopped), told(at_once)));
+    let task = tokio::spawn(async move {
+        let mut server = super::Server::new(service, times);
+        server.serve(&listeners, told(stopped)).await;
+        drop(listeners);
+        server.end(told(at_once)).await;
+    });
     let (stop, now) = (Some(stop), Some(now));
     Server { address, socket, stop, now, task, _fixture: fixture, _folder: folder }
 }
@@ -250,4 +256,57 @@ async fn a_client_that_does_not_read_is_given_up() {
 fn connections_leave_descriptors_to_others() {
     assert_eq!([1024, 4096].map(super::permits), [768, 3072]);
     assert_eq!([1 << 20, u64::MAX].map(super::permits), [limits::CONNECTIONS; 2]);
+}
+
+/// The first answer to what was written to a connection.
+async fn answered(stream: &mut TcpStream, bytes: &[u8]) {
+    stream.write_all(bytes).await.expect("sent");
+    until(stream, "Ollama is running").await;
+}
+
+#[tokio::test]
+async fn idle_connections_are_laid_aside_whole_and_taken_up_by_another() {
+    let fixture = Fixture::new(Duration::from_millis(100));
+    fixture.store("m", &[Ability::Completion], &[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let tcp = super::tcp("127.0.0.1:0".parse().expect("an address")).await.expect("a port");
+    let address = tcp.local_addr().expect("bound");
+    let unix = super::unix(&folder.path().join("v4.sock")).expect("a socket");
+    let listeners = Listeners { tcp: Some(tcp), unix, keeps_socket: false };
+    let service = Arc::clone(&fixture.service);
+    let mut old = super::Server::new(Arc::clone(&service), Times::default());
+    let connect = async || TcpStream::connect(address).await.expect("a connection");
+    // One that was used, one that has said nothing, one that begins again, one that is answered.
+    let mut streams = [connect().await, connect().await, connect().await];
+    let mut busy = connect().await;
+    let begin = async {
+        answered(&mut streams[0], ALIVE).await;
+        answered(&mut streams[2], ALIVE).await;
+        streams[2].write_all(&ALIVE[..20]).await.expect("sent");
+        busy.write_all(FOR_EVER).await.expect("sent");
+        until(&mut busy, SPEAKS).await;
+    };
+    old.serve(&listeners, begin).await;
+    old.pause(tokio::time::sleep(Duration::from_millis(100))).await;
+    assert_eq!((old.parked.len(), old.connections.len()), (3, 1));
+    let mut new = super::Server::new(service, Times::default());
+    for _ in 0..3 {
+        let socket = timeout(DEADLINE, old.next_parked()).await.expect("at once").expect("one");
+        new.giver().send(socket).await.expect("room");
+    }
+    let [first, second, third] = &mut streams;
+    let ask = async {
+        answered(first, ALIVE).await;
+        answered(second, ALIVE).await;
+        answered(third, &ALIVE[20..]).await;
+        answered(third, ALIVE).await;
+    };
+    timeout(DEADLINE, new.serve(&listeners, ask)).await.expect("answers in time");
+    // The old one still writes its answer.
+    timeout(DEADLINE, old.pause(until(&mut busy, SPEAKS))).await.expect("more of it");
+    // What came to nothing is taken up where it was.
+    new.pause(tokio::time::sleep(Duration::from_millis(100))).await;
+    assert_eq!(new.parked.len(), 3);
+    new.resume();
+    timeout(DEADLINE, new.serve(&listeners, answered(first, ALIVE))).await.expect("an answer");
 }

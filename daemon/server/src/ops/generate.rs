@@ -15,6 +15,8 @@ use crate::{
     ops::models::{self, Model, Wanted},
     options::Options,
     otel::Trace,
+    parent::Parent,
+    uses::Use,
 };
 
 /// What a surface asks of a model.
@@ -34,6 +36,8 @@ pub struct Ask {
     pub truncate: bool,
     /// Who asks.
     pub caller: Caller,
+    /// The span that it belongs to.
+    pub parent: Option<Parent>,
 }
 
 /// What a model is asked for.
@@ -103,7 +107,7 @@ pub struct Running {
     first: Option<Event>,
     answer: Answer,
     asked: Instant,
-    trace: Option<Trace>,
+    trace: Option<Box<Trace>>,
 }
 
 /// What comes next of an answer.
@@ -176,16 +180,19 @@ pub async fn load(daemon: &Daemon, name: &ModelName) -> Result<(), Fault> {
         keep_alive: None,
         truncate: true,
         caller: Caller::default(),
+        parent: None,
     };
-    start(daemon, ask).await.map(drop)
+    let used = daemon.uses.begin(false).await?;
+    start(daemon, ask, used).await.map(drop)
 }
 
-/// Does what is asked, up to the first event of the answer.
+/// Does what is asked, up to the first event of the answer. The store is no longer `used` when the
+/// supervisor has the request, which may wait there.
 ///
 /// # Errors
 /// `not_found`, `unsupported` where the model lacks an ability, and what the supervisor or the
 /// runner says.
-pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
+pub async fn start(daemon: &Daemon, mut ask: Ask, used: Use) -> Result<Started, Fault> {
     let asked = Instant::now();
     let config = daemon.config();
     ask.truncate &= config.truncate;
@@ -196,6 +203,7 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
     }
     let info = models::info(daemon, &model).await?;
     let target = model.target(Some(info.clone()));
+    drop(used);
     let of_model = config.model(&model.record.name).and_then(|table| table.keep_alive);
     let keep_alive = ask.keep_alive.or(of_model).or(Some(config.keep_alive));
     let terms = Terms { keep_alive, caller: ask.caller.clone() };
@@ -203,13 +211,16 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
         Work::Chat { .. } => "chat",
         _ => "text_completion",
     };
+    let parent = ask.parent.take();
     let Some(request) = request(&model, &info, ask)? else {
         daemon.supervisor.load(&target, terms).await?;
         touch(daemon, &model);
         return Ok(Started::Settled(Settled::Loaded));
     };
-    let named = |exporter| Trace::new(exporter, operation, model.record.name.to_string());
-    let mut trace = daemon.exporter.as_ref().map(named);
+    // What its own system does not keep would be a trace without its beginning.
+    let is_kept = parent.as_ref().is_none_or(|parent| parent.is_sampled);
+    let named = |exporter| Trace::new(exporter, operation, model.record.name.to_string(), parent);
+    let mut trace = daemon.exporter.as_ref().filter(|_| is_kept).map(named);
     let begun = async {
         let mut answer = daemon.supervisor.generate(&target, request, terms).await?;
         match answer.next().await {
@@ -221,6 +232,7 @@ pub async fn start(daemon: &Daemon, mut ask: Ask) -> Result<Started, Fault> {
         Ok((answer, first)) => {
             // Not before: it would take a core from the engine.
             touch(daemon, &model);
+            let trace = trace.map(Box::new);
             Ok(Started::Answering(Running { first, answer, asked, trace }))
         }
         Err(fault) => {

@@ -8,6 +8,7 @@ use v4_pull::{Change, Progress, Stage, Watch, Wish};
 use crate::{
     daemon::Daemon,
     ops::models::{self, Wanted},
+    replace::relay,
 };
 
 /// A pull that somebody watches. The pull is cancelled when the last one who does is gone.
@@ -59,6 +60,14 @@ pub async fn push(daemon: &Daemon, wanted: Wanted, is_plain: bool) -> Result<Wat
 }
 
 impl Pulling {
+    /// The words of the daemon that goes on with it.
+    ///
+    /// # Errors
+    /// `upstream` when that does not answer.
+    pub async fn elsewhere(&self) -> Result<relay::Lines, Fault> {
+        relay::pull(&self.daemon, &self.wanted.name).await
+    }
+
     /// How far it is, whenever something changed; `None` after the last.
     pub async fn next(&mut self) -> Option<Progress> {
         let progress = self.watch.next().await?;

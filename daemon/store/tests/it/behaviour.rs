@@ -701,3 +701,65 @@ fn another_programs_store_is_read_in_place_and_never_changed() {
     assert_eq!(store.names().unwrap(), []);
     assert_eq!(all(&theirs), before);
 }
+
+#[test]
+fn a_home_is_given_to_another_daemon_and_taken_back() {
+    let (_folder, old) = home();
+    put(&old, "kept", &[b"one"]);
+    put(&old, "gone", &[b"two"]);
+    old.touch(&name("kept")).unwrap();
+    let lease = old.lease(&[sha256(b"two")]);
+    let partial = old.partial("key", None).unwrap();
+    assert!(old.is_written());
+    drop(partial);
+    assert!(!old.is_written());
+    assert!(old.remove(&name("gone")).unwrap());
+    old.hand_over();
+
+    let new = Store::open(old.home()).unwrap();
+    assert!(new.last_use(&name("kept")).is_some(), "the index is the same");
+    // The old one can look, and no more.
+    assert!(old.find(&name("kept")).unwrap().is_some());
+    assert_eq!(old.last_use(&name("kept")), None);
+    old.touch(&name("kept")).unwrap();
+    let refused = [
+        old.remove(&name("kept")).map(drop),
+        old.partial("key", None).map(drop),
+        old.pin(&name("kept"), true).map(drop),
+    ];
+    for refused in refused {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, StoreError::HandedOver), "{error}");
+        assert_eq!(error.fault().code, Code::Overloaded);
+    }
+    assert!(matches!(old.take_back(), Err(StoreError::Locked { .. })));
+    // What the old one would have collected is the new one's to collect.
+    drop(lease);
+    assert_eq!(new.blob(&sha256(b"two")).unwrap(), Some(3));
+
+    drop(new);
+    old.take_back().unwrap();
+    old.take_back().unwrap();
+    assert!(old.last_use(&name("kept")).is_some());
+    assert!(matches!(Store::open(old.home()), Err(StoreError::Locked { .. })));
+    assert!(old.remove(&name("kept")).unwrap());
+    assert_eq!(old.blob(&sha256(b"two")).unwrap(), None, "it was still to be collected");
+}
+
+#[test]
+fn what_runners_keep_of_conversations_is_counted_by_itself() {
+    let (_folder, store) = home();
+    put(&store, "m", &[b"one"]);
+    let before = store.usage().unwrap();
+    assert_eq!(before.kv_bytes, 0);
+    for (model, file, len) in [("sha256-a", "x-1", 5), ("sha256-a", "x-2", 7), ("sha256-b", "y", 9)]
+    {
+        let folder = store.home().join("kv").join(model);
+        fs::bind_dir(&folder).unwrap();
+        let mut file = RealFs.open(&folder.join(file)).unwrap();
+        file.write_all(&vec![1; len]).unwrap();
+    }
+    let after = store.usage().unwrap();
+    assert_eq!((after.kv_bytes, after.total_bytes - before.total_bytes), (21, 21));
+    assert_eq!(after.orphan_bytes, 0);
+}

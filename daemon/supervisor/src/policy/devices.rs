@@ -246,7 +246,12 @@ impl State {
     /// Bytes that are taken, or promised to a load that has begun.
     pub(super) fn used(&self) -> Spread {
         let held = self.runners.values().map(|runner| &runner.held);
-        held.fold(Spread::default(), Spread::plus)
+        held.fold(self.held_back(), Spread::plus)
+    }
+
+    /// What another process holds that is about to leave: all of it counts for the host.
+    pub(super) fn held_back(&self) -> Spread {
+        Spread::on_host(self.held_back)
     }
 
     /// Why models must leave a device where they take more than they may.

@@ -74,6 +74,13 @@ pub enum Decision {
         /// What it was worth.
         worth: Worth,
     },
+    /// The settings give it other figures than it was loaded with.
+    Outdated {
+        /// Tokens of context a sequence gets then.
+        context: u32,
+        /// Sequences at a time then.
+        slots: u32,
+    },
     /// Its process ended without being told to.
     Died,
     /// Its load failed, or an ask for it was refused.
@@ -92,6 +99,7 @@ impl Decision {
             Self::Wait { .. } => "wait",
             Self::Yield { .. } => "yield",
             Self::Leave { .. } => "unload",
+            Self::Outdated { .. } => "outdated",
             Self::Died => "died",
             Self::Refused { .. } => "refused",
         }
@@ -147,6 +155,11 @@ impl fmt::Display for Decision {
                 write!(f, "finishes its answers and takes nothing new: {to} waits for its memory")
             }
             Self::Leave { reason, worth } => leave(f, reason, worth),
+            Self::Outdated { context, slots } => write!(
+                f,
+                "is to have {context} tokens of context and {slots} sequence(s) by its settings: it is \
+                 loaded again when nobody uses it"
+            ),
             Self::Died => f.write_str("its process ended without being told to"),
             Self::Refused { fault } => write!(f, "was refused: {}", fault.message),
         }
@@ -167,6 +180,7 @@ fn leave(f: &mut fmt::Formatter<'_>, reason: &Reason, worth: &Worth) -> fmt::Res
             write!(f, "is unloaded: other programs need the memory of {device}")
         }
         Reason::Lost(device) => write!(f, "is unloaded: {device} has gone"),
+        Reason::Settings => f.write_str("is unloaded: it is loaded again as its settings say now"),
         Reason::Replaced => f.write_str("is unloaded: what its name means now takes over"),
         Reason::Shutdown => f.write_str("is unloaded: the daemon ends"),
     }

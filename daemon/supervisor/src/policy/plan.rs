@@ -7,7 +7,7 @@ use v4_proto::{Code, Fault, ModelName};
 
 use super::{
     AskId, Blocker, Decision, Effect, Key, Kind, Model, Pending, Phase, Reason, Runner, RunnerId,
-    Spread, State, Time, Turn, fail_all, key,
+    Spread, State, Time, Turn, fail_all, key, reload,
     worth::{self, Victim, Worth},
 };
 use crate::{KeepAlive, limits};
@@ -19,6 +19,7 @@ pub(super) fn settle(state: &mut State, turn: &mut Turn) {
     promote(state);
     agree(state, turn);
     dispatch(state, turn);
+    reload::renew(state, turn);
     make_room(state, turn);
     // Those that no longer have to yield take their work up again.
     dispatch(state, turn);
@@ -181,7 +182,7 @@ impl Ledger {
         Self {
             budget: state.budgets(),
             used: state.used(),
-            coming: coming.map(|runner| &runner.held).fold(Spread::default(), Spread::plus),
+            coming: coming.map(|runner| &runner.held).fold(state.held_back(), Spread::plus),
             promised: Spread::default(),
         }
     }
@@ -351,9 +352,12 @@ fn shed(state: &mut State, turn: &mut Turn) {
     let staying = ledger.staying();
     let mut over = staying.clone().minus(&ledger.budget);
     if over.total() == 0 {
+        state.is_shrunk = false;
         return;
     }
     let newest = state.runners.values().map(|runner| runner.ready_at).max();
+    // After a person has made the budget smaller it is spared no more than others.
+    let newest = newest.filter(|_| !state.is_shrunk);
     let mut idle: Vec<Victim> = state
         .loaded()
         .filter(|(_, runner, ..)| runner.is_idle())

@@ -579,6 +579,7 @@ fn each_runner_has_a_core_even_where_there_are_too_few() {
 
 mod gpus;
 mod places;
+mod reload;
 mod rules;
 mod swaps;
 

@@ -129,6 +129,7 @@ pub fn generate(bytes: &[u8]) -> Result<Request, Fault> {
             keep_alive,
             truncate: body.truncate.unwrap_or(true),
             caller: Caller::default(),
+            parent: None,
         },
     })
 }
@@ -186,6 +187,7 @@ pub fn chat(bytes: &[u8]) -> Result<Request, Fault> {
             keep_alive,
             truncate: body.truncate.unwrap_or(true),
             caller: Caller::default(),
+            parent: None,
         },
     })
 }
@@ -235,6 +237,14 @@ pub fn show(bytes: &[u8]) -> Result<Wanted, Fault> {
 /// `invalid` faults.
 pub fn delete(bytes: &[u8]) -> Result<Wanted, Fault> {
     json::parse::<Named>(bytes)?.wanted()
+}
+
+/// `/api/replace`.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn replace(bytes: &[u8]) -> Result<crate::replace::Request, Fault> {
+    json::parse(bytes)
 }
 
 /// `/api/pull`.

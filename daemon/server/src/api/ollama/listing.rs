@@ -179,6 +179,7 @@ pub fn pulls(running: &[v4_pull::Running], limit_rate: Option<NonZeroU64>) -> Ve
             Stage::Verifying => "verifying sha256 digest".to_owned(),
             Stage::Writing => "writing manifest".to_owned(),
             Stage::Done { .. } => "success".to_owned(),
+            Stage::Moved => "moved to the new v4".to_owned(),
             Stage::Failed(fault) => fault.message.clone(),
         },
         completed: one.progress.files.iter().map(|file| file.completed).sum(),
@@ -195,6 +196,7 @@ struct Costs {
     orphans: u64,
     deleted: u64,
     partials: u64,
+    kv: u64,
     total: u64,
 }
 
@@ -206,7 +208,8 @@ struct OneCost {
 }
 
 /// `/api/du`, v4's own: bytes that each name has alone and with others, that none has, that only
-/// deleted names have, of downloads that are not done, and of everything once.
+/// deleted names have, of downloads that are not done, of idle conversations, and of everything
+/// once.
 pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
     let cost = |one: &v4_store::Cost| OneCost {
         name: one.name.to_string(),
@@ -218,6 +221,7 @@ pub fn usage(usage: &v4_store::Usage) -> Vec<u8> {
         orphans: usage.orphan_bytes,
         deleted: usage.deleted_bytes,
         partials: usage.partial_bytes,
+        kv: usage.kv_bytes,
         total: usage.total_bytes,
     })
 }

@@ -14,9 +14,9 @@ use crate::{
     options::Options,
 };
 
-/// A request for an answer, decoded.
+/// A request for an answer, decoded, and what writes that as `E`.
 #[derive(Debug)]
-pub struct Request {
+pub struct Request<E> {
     /// What is asked.
     pub ask: Ask,
     /// Whether the answer comes in pieces.
@@ -24,7 +24,7 @@ pub struct Request {
     /// Whom the client asks for, in its own words.
     pub user: Option<String>,
     /// What writes the answer.
-    pub encoder: Encoder,
+    pub encoder: E,
 }
 
 #[derive(Deserialize)]
@@ -57,9 +57,11 @@ struct Body {
     user: Option<String>,
 }
 
+/// What is said of a stream.
 #[derive(Deserialize)]
-struct StreamOptions {
-    include_usage: Option<bool>,
+pub struct StreamOptions {
+    /// Whether it ends with what it cost.
+    pub include_usage: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -101,7 +103,7 @@ struct Part {
 ///
 /// # Errors
 /// `invalid` and `unsupported` faults.
-pub fn chat(bytes: &[u8], id: u64, created: i64) -> Result<Request, Fault> {
+pub fn chat(bytes: &[u8], id: u64, created: i64) -> Result<Request<Encoder>, Fault> {
     let mut body: Body = json::parse(bytes)?;
     let model = wanted(body.model.as_deref())?;
     refuse(&body)?;
@@ -133,6 +135,7 @@ pub fn chat(bytes: &[u8], id: u64, created: i64) -> Result<Request, Fault> {
             keep_alive: body.keep_alive.as_ref().map_or(Ok(None), keep_alive::parse)?,
             truncate: true,
             caller: Caller::default(),
+            parent: None,
         },
     })
 }
@@ -166,13 +169,25 @@ fn options(body: &Body) -> Result<Options, Fault> {
         ("presence_penalty", body.presence_penalty.as_ref()),
         ("num_ctx", body.num_ctx.as_ref()),
     ];
+    gather(&fields, body.options.as_ref(), body.service_tier.as_deref())
+}
+
+/// Options of fields by their native names, of an `options` object, and of the service tier.
+///
+/// # Errors
+/// `invalid` faults.
+pub fn gather(
+    fields: &[(&str, Option<&Value>)],
+    extra: Option<&Map<String, Value>>,
+    service_tier: Option<&str>,
+) -> Result<Options, Fault> {
     let named = fields
-        .into_iter()
-        .filter_map(|(name, value)| Some((name.to_owned(), value?.clone())))
+        .iter()
+        .filter_map(|(name, value)| Some(((*name).to_owned(), (*value)?.clone())))
         .collect();
-    let extra = body.options.as_ref().map_or_else(|| Ok(Options::default()), Options::read)?;
+    let extra = extra.map_or_else(|| Ok(Options::default()), Options::read)?;
     // The tier that is cheaper because it waits; the others are what everybody gets.
-    let is_patient = body.service_tier.as_deref() == Some("flex");
+    let is_patient = service_tier == Some("flex");
     let lane = is_patient.then_some(Lane::Background);
     Ok(Options::read(&named)?.or(extra).or(Options { lane, ..Options::default() }))
 }
@@ -273,11 +288,11 @@ mod tests {
 
     use super::*;
 
-    fn decode(body: &Value) -> Result<Request, Fault> {
+    fn decode(body: &Value) -> Result<Request<Encoder>, Fault> {
         chat(body.to_string().as_bytes(), 1, 2)
     }
 
-    fn with(extra: Value) -> Result<Request, Fault> {
+    fn with(extra: Value) -> Result<Request<Encoder>, Fault> {
         let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "Hi"}]});
         let Value::Object(extra) = extra else { panic!("no object") };
         body.as_object_mut().expect("an object").extend(extra);

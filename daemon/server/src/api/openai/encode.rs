@@ -79,8 +79,9 @@ struct Function<'a> {
     arguments: String,
 }
 
+/// What an answer cost.
 #[derive(Serialize)]
-struct Cost {
+pub struct Cost {
     prompt_tokens: u32,
     completion_tokens: u32,
     total_tokens: u32,
@@ -156,7 +157,7 @@ fn calls<'a>(calls: &'a [ToolCall], first: usize) -> Vec<Call<'a>> {
 }
 
 /// One server-sent event.
-fn event(value: &impl Serialize) -> Vec<u8> {
+pub fn event(value: &impl Serialize) -> Vec<u8> {
     let mut out = b"data: ".to_vec();
     out.extend(bytes(value));
     out.extend(b"\n\n");
@@ -164,7 +165,7 @@ fn event(value: &impl Serialize) -> Vec<u8> {
 }
 
 /// Why it ended; a call of tools replaces only an ordinary stop.
-fn reason(finish: Finish, n_calls: usize) -> &'static str {
+pub fn reason(finish: Finish, n_calls: usize) -> &'static str {
     match finish {
         Finish::Length => "length",
         Finish::ToolCalls => "tool_calls",
