@@ -1,11 +1,11 @@
 //! What the next step works on: pure decisions over counts, so that they can be tested as tables.
 //!
 //! Sequences that write take one token each; what is left of the step's time goes to prompts, in
-//! equal shares, so that a short prompt does not wait for a long one; blocks go to the oldest first.
-//! When they run out, and only then, the newest sequences give theirs back and wait again.
+//! equal shares, so that a short prompt does not wait for a long one; blocks go to the oldest
+//! first. When they run out, and only then, the newest sequences give theirs back and wait again.
 //!
-//! Time is predicted: a token of a prompt takes longer the more are before it, and both parts of its
-//! cost are learned from the steps.
+//! Time is predicted: a token of a prompt takes longer the more are before it, and both parts of
+//! its cost are learned from the steps.
 //!
 //! A sequence in the background counts as one that came [`AGEING`] later: until then it is behind
 //! all others, reads what they leave of the budget, and gives its place up to them. Then its turn
@@ -309,7 +309,7 @@ impl Seen {
     const MEMORY: f64 = 0.9;
     /// Depths must differ by so much, in shares of their mean, to tell what depth costs.
     const SPREAD: f64 = 0.1;
-    /// What a token that has none before it costs at least, as a share of what one costs on average.
+    /// What a token that has none before it costs at least, as a share of the average.
     const LEAST_FIRST: f64 = 0.1;
 
     fn add(&mut self, step: Step, seconds: f64) {
