@@ -280,6 +280,8 @@ impl Pace {
             0 => learn(&mut self.write_s, took),
             LEAST_TOKENS.. => {
                 let write = if step.wrote { self.write_s.unwrap_or(0.0) } else { 0.0 };
+                // Both share the weights, so a step is shorter than its parts: what is read has
+                // a quarter at least.
                 self.seen.add(step, (took - write).max(took / 4.0));
                 self.slope = self.seen.slope().unwrap_or(self.slope);
                 let (read, before) = (step.read as f64, step.before as f64);

@@ -17,6 +17,7 @@
 //! that a version must keep: a different [`PROTOCOL`] is refused before anything was touched.
 
 mod channel;
+mod client;
 pub mod give;
 pub mod relay;
 pub mod take;

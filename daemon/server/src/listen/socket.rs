@@ -27,6 +27,11 @@ pub enum Wire {
     Unix(UnixStream),
 }
 
+/// What either wire is.
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
+
 /// A connection and what was read of it that nobody has understood yet.
 #[derive(Debug)]
 pub struct Socket {
@@ -80,6 +85,13 @@ impl Socket {
         Arc::clone(&self.signs)
     }
 
+    fn stream(&mut self) -> Pin<&mut dyn Stream> {
+        match &mut self.wire {
+            Wire::Tcp(stream) => Pin::new(stream),
+            Wire::Unix(stream) => Pin::new(stream),
+        }
+    }
+
     fn noted<T>(&self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         self.signs.is_stuck.store(outcome.is_pending(), Ordering::Release);
         outcome
@@ -107,10 +119,7 @@ impl AsyncRead for Socket {
             buffer.put_slice(&this.before.split_to(n));
             return Poll::Ready(Ok(()));
         }
-        match &mut this.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
-            Wire::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
-        }
+        this.stream().poll_read(context, buffer)
     }
 }
 
@@ -121,10 +130,7 @@ impl AsyncWrite for Socket {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let outcome = match &mut this.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
-            Wire::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
-        };
+        let outcome = this.stream().poll_write(context, bytes);
         this.noted(outcome)
     }
 
@@ -134,10 +140,7 @@ impl AsyncWrite for Socket {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let outcome = match &mut this.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, slices),
-            Wire::Unix(stream) => Pin::new(stream).poll_write_vectored(context, slices),
-        };
+        let outcome = this.stream().poll_write_vectored(context, slices);
         this.noted(outcome)
     }
 
@@ -146,16 +149,10 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_flush(context),
-            Wire::Unix(stream) => Pin::new(stream).poll_flush(context),
-        }
+        self.get_mut().stream().poll_flush(context)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
-            Wire::Unix(stream) => Pin::new(stream).poll_shutdown(context),
-        }
+        self.get_mut().stream().poll_shutdown(context)
     }
 }

@@ -2,10 +2,8 @@
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
-use bytes::Bytes;
 use http::StatusCode;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper_util::rt::TokioIo;
+use http_body_util::{BodyExt, Limited};
 use tokio::{
     net::{TcpStream, UnixStream},
     sync::mpsc,
@@ -18,6 +16,7 @@ use v4_supervisor::Supervisor;
 use super::{
     Channel, Estate, Message, PROTOCOL, Refusal, Request,
     channel::{Meeting, Packet},
+    client,
 };
 use crate::{
     config::Config,
@@ -55,9 +54,8 @@ pub async fn take(config: &Config) -> Result<Option<Inheritance>, Error> {
     };
     let failed = |refusal: Refusal| Error::Replace(refusal.to_string());
     let meeting = Meeting::new(&config.home).map_err(Refusal::from).map_err(failed)?;
-    let asked = timeout(limits::HANDOVER_READY, ask(wire, config)).await;
-    asked.map_err(|_| Error::Replace("the old v4 does not answer".to_owned()))??;
-    // The old one has connected before it answered.
+    ask(wire, config).await?;
+    // The old one has connected before it answered, so this does not wait.
     let channel = meeting.accept().await.map_err(Refusal::from).map_err(failed)?;
     drop(meeting);
     let (listeners, budget_bytes) = offered(config, &channel).await?;
@@ -91,18 +89,12 @@ async fn ask(wire: UnixStream, config: &Config) -> Result<(), Error> {
         pid: std::process::id(),
     };
     let body = serde_json::to_vec(&request).map_err(|error| failed(&error))?;
-    let shaken = hyper::client::conn::http1::handshake(TokioIo::new(wire)).await;
-    let (mut sender, connection) = shaken.map_err(|error| failed(&error))?;
-    let connection = tokio::spawn(connection);
-    let request = http::Request::post("/api/replace")
-        .header(http::header::HOST, "localhost")
-        .body(Full::<Bytes>::new(body.into()))
-        .map_err(|error| failed(&error))?;
-    let answer = sender.send_request(request).await.map_err(|error| failed(&error))?;
-    let status = answer.status();
-    let body = Limited::new(answer.into_body(), limits::HANDOVER_BYTES).collect().await;
+    let mut answer =
+        client::post(wire, "/api/replace", body).await.map_err(|error| failed(&error))?;
+    let status = answer.response.status();
+    let body = Limited::new(answer.response.body_mut(), limits::HANDOVER_BYTES).collect();
+    let body = timeout(limits::HANDOVER_WORD, body).await.map_err(|error| failed(&error))?;
     let body = body.map_err(|error| failed(&error))?.to_bytes();
-    connection.abort();
     if status == StatusCode::OK {
         return Ok(());
     }

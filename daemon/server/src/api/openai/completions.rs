@@ -3,13 +3,13 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use v4_proto::{Code, Delta, Done, Fault, Usage};
+use v4_proto::{Code, Delta, Fault};
 use v4_supervisor::Caller;
 
 use super::{
     STREAM_TYPE,
     decode::{self, Request, StreamOptions},
-    encode::{self, Cost},
+    encode::{self, Head},
 };
 use crate::{
     api::{Encode, End, Settled, bytes, json, keep_alive, wanted},
@@ -57,13 +57,14 @@ pub fn decode(bytes: &[u8], id: u64, created: i64) -> Result<Request<Encoder>, F
     let body: Body = json::parse(bytes)?;
     let model = wanted(body.model.as_deref())?;
     refuse(&body)?;
-    let options = options(&body)?;
+    let options = decode::options!(body, body.max_tokens.as_ref())?;
     let text = prompt(body.prompt)?;
     let include_usage =
         body.stream_options.is_some_and(|options| options.include_usage == Some(true));
-    let model_text = model.text.clone();
+    let id = format!("cmpl-{id}");
+    let head = Head { id, created, model: model.text.clone(), include_usage };
     Ok(Request {
-        encoder: Encoder { id: format!("cmpl-{id}"), created, model: model_text, include_usage },
+        encoder: Encoder(head),
         stream: body.stream.unwrap_or(false),
         user: body.user,
         ask: Ask {
@@ -126,45 +127,12 @@ fn prompt(value: Option<Value>) -> Result<String, Fault> {
     }
 }
 
-fn options(body: &Body) -> Result<Options, Fault> {
-    let fields = [
-        ("num_predict", body.max_tokens.as_ref()),
-        ("seed", body.seed.as_ref()),
-        ("stop", body.stop.as_ref()),
-        ("temperature", body.temperature.as_ref()),
-        ("top_p", body.top_p.as_ref()),
-        ("top_k", body.top_k.as_ref()),
-        ("min_p", body.min_p.as_ref()),
-        ("frequency_penalty", body.frequency_penalty.as_ref()),
-        ("presence_penalty", body.presence_penalty.as_ref()),
-        ("num_ctx", body.num_ctx.as_ref()),
-    ];
-    decode::gather(&fields, body.options.as_ref(), body.service_tier.as_deref())
-}
-
 /// Writes one answer.
 #[derive(Debug)]
-pub struct Encoder {
-    id: String,
-    /// Seconds since 1970; the same in every chunk.
-    created: i64,
-    /// The model's name as the client wrote it.
-    model: String,
-    /// Whether a stream ends with a chunk that says what it cost.
-    include_usage: bool,
-}
+pub struct Encoder(Head);
 
-#[derive(Serialize)]
-struct Envelope<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: i64,
-    model: &'a str,
-    system_fingerprint: &'static str,
-    choices: &'a [Choice<'a>],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Cost>,
-}
+/// The `object` of an answer and of its pieces.
+const OBJECT: &str = "text_completion";
 
 #[derive(Serialize)]
 struct Choice<'a> {
@@ -176,21 +144,9 @@ struct Choice<'a> {
 }
 
 impl Encoder {
-    fn envelope<'a>(&'a self, choices: &'a [Choice<'a>], usage: Option<Usage>) -> Envelope<'a> {
-        Envelope {
-            id: &self.id,
-            object: "text_completion",
-            created: self.created,
-            model: &self.model,
-            system_fingerprint: "fp_v4",
-            choices,
-            usage: usage.map(Cost::from),
-        }
-    }
-
     fn chunk(&self, text: &str, finish_reason: Option<&'static str>) -> Vec<u8> {
         let choice = Choice { text, index: 0, logprobs: None, finish_reason };
-        encode::event(&self.envelope(&[choice], None))
+        encode::event(&self.0.envelope(OBJECT, vec![choice], None))
     }
 }
 
@@ -205,10 +161,7 @@ impl Encode for Encoder {
 
     fn end(&mut self, end: &End, _now: Timestamp) -> Vec<u8> {
         let mut out = self.chunk("", Some(encode::reason(end.done.finish, 0)));
-        if self.include_usage {
-            out.extend(encode::event(&self.envelope(&[], Some(end.done.usage))));
-        }
-        out.extend(b"data: [DONE]\n\n");
+        out.extend(self.0.last(OBJECT, end.done.usage));
         out
     }
 
@@ -219,13 +172,11 @@ impl Encode for Encoder {
     fn whole(&mut self, all: Delta, end: &End, _now: Timestamp) -> Vec<u8> {
         let finish_reason = Some(encode::reason(end.done.finish, 0));
         let choice = Choice { text: &all.text, index: 0, logprobs: None, finish_reason };
-        bytes(&self.envelope(&[choice], Some(end.done.usage)))
+        bytes(&self.0.envelope(OBJECT, vec![choice], Some(end.done.usage)))
     }
 
     fn settled(&mut self, _settled: Settled, now: Timestamp) -> Vec<u8> {
-        // This surface always asks for text; an empty answer is what is left to say.
-        let done = Done { finish: v4_proto::Finish::Stop, usage: Usage::default() };
-        self.whole(Delta::default(), &End { done, load_ns: 0, total_ns: 0 }, now)
+        self.whole(Delta::default(), &encode::nothing(), now)
     }
 }
 

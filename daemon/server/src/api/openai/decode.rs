@@ -107,7 +107,8 @@ pub fn chat(bytes: &[u8], id: u64, created: i64) -> Result<Request<Encoder>, Fau
     let mut body: Body = json::parse(bytes)?;
     let model = wanted(body.model.as_deref())?;
     refuse(&body)?;
-    let options = options(&body)?;
+    let max_tokens = body.max_completion_tokens.as_ref().or(body.max_tokens.as_ref());
+    let options = options!(body, max_tokens)?;
     let wire = body.messages.take().unwrap_or_default();
     if wire.is_empty() {
         return Err(Fault::invalid("[] is too short - 'messages'"));
@@ -154,23 +155,30 @@ fn refuse(body: &Body) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The options by their native names: the request's own fields come before its `options` object.
-fn options(body: &Body) -> Result<Options, Fault> {
-    let max_tokens = body.max_completion_tokens.as_ref().or(body.max_tokens.as_ref());
-    let fields = [
-        ("num_predict", max_tokens),
-        ("seed", body.seed.as_ref()),
-        ("stop", body.stop.as_ref()),
-        ("temperature", body.temperature.as_ref()),
-        ("top_p", body.top_p.as_ref()),
-        ("top_k", body.top_k.as_ref()),
-        ("min_p", body.min_p.as_ref()),
-        ("frequency_penalty", body.frequency_penalty.as_ref()),
-        ("presence_penalty", body.presence_penalty.as_ref()),
-        ("num_ctx", body.num_ctx.as_ref()),
-    ];
-    gather(&fields, body.options.as_ref(), body.service_tier.as_deref())
+/// The options of a body by their native names, with so many tokens at most: its own fields come
+/// before its `options` object. Bodies differ in type and not in these fields, and to share them
+/// serde's `flatten` would copy all of a body.
+macro_rules! options {
+    ($body:expr, $max_tokens:expr) => {
+        $crate::api::openai::decode::gather(
+            &[
+                ("num_predict", $max_tokens),
+                ("seed", $body.seed.as_ref()),
+                ("stop", $body.stop.as_ref()),
+                ("temperature", $body.temperature.as_ref()),
+                ("top_p", $body.top_p.as_ref()),
+                ("top_k", $body.top_k.as_ref()),
+                ("min_p", $body.min_p.as_ref()),
+                ("frequency_penalty", $body.frequency_penalty.as_ref()),
+                ("presence_penalty", $body.presence_penalty.as_ref()),
+                ("num_ctx", $body.num_ctx.as_ref()),
+            ],
+            $body.options.as_ref(),
+            $body.service_tier.as_deref(),
+        )
+    };
 }
+pub(super) use options;
 
 /// Options of fields by their native names, of an `options` object, and of the service tier.
 ///

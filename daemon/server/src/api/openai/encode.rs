@@ -9,24 +9,32 @@ use crate::{
     error,
 };
 
+/// What all pieces of an answer say.
+#[derive(Debug)]
+pub struct Head {
+    /// The answer's name.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: i64,
+    /// The model's name as the client wrote it.
+    pub model: String,
+    /// Whether a stream ends with a chunk that says what it cost.
+    pub include_usage: bool,
+}
+
 /// Writes one answer.
 #[derive(Debug)]
 pub struct Encoder {
-    id: String,
-    /// Seconds since 1970; the same in every chunk.
-    created: i64,
-    /// The model's name as the client wrote it.
-    model: String,
-    /// Whether a stream ends with a chunk that says what it cost.
-    include_usage: bool,
+    head: Head,
     /// Whether the first chunk, which says the role, is out.
     began: bool,
     /// Calls written so far; each call has its index in the whole answer.
     n_calls: usize,
 }
 
-#[derive(Serialize)]
-struct Envelope<'a, C> {
+/// A piece of an answer, or all of it.
+#[derive(Debug, Serialize)]
+pub struct Envelope<'a, C> {
     id: &'a str,
     object: &'static str,
     created: i64,
@@ -80,7 +88,7 @@ struct Function<'a> {
 }
 
 /// What an answer cost.
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct Cost {
     prompt_tokens: u32,
     completion_tokens: u32,
@@ -88,7 +96,7 @@ pub struct Cost {
     prompt_tokens_details: PromptDetails,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 struct PromptDetails {
     cached_tokens: u32,
     /// v4's own: tokens of the prompt that were cut off because it did not fit the context. A cut
@@ -112,14 +120,14 @@ impl From<Usage> for Cost {
     }
 }
 
-impl Encoder {
-    /// For one answer of `model` as the client wrote it.
-    pub fn new(id: u64, created: i64, model: String, include_usage: bool) -> Self {
-        let id = format!("chatcmpl-{id}");
-        Self { id, created, model, include_usage, began: false, n_calls: 0 }
-    }
-
-    fn envelope<C>(&self, object: &'static str, choices: Vec<C>) -> Envelope<'_, C> {
+impl Head {
+    /// `choices` as a piece, or an answer that cost `usage`.
+    pub fn envelope<C>(
+        &self,
+        object: &'static str,
+        choices: Vec<C>,
+        usage: Option<Usage>,
+    ) -> Envelope<'_, C> {
         Envelope {
             id: &self.id,
             object,
@@ -127,8 +135,26 @@ impl Encoder {
             model: &self.model,
             system_fingerprint: "fp_v4",
             choices,
-            usage: None,
+            usage: usage.map(Cost::from),
         }
+    }
+
+    /// The end of a stream.
+    pub fn last(&self, object: &'static str, usage: Usage) -> Vec<u8> {
+        let mut out = Vec::new();
+        if self.include_usage {
+            out.extend(event(&self.envelope::<()>(object, Vec::new(), Some(usage))));
+        }
+        out.extend(b"data: [DONE]\n\n");
+        out
+    }
+}
+
+impl Encoder {
+    /// For one answer of `model` as the client wrote it.
+    pub fn new(id: u64, created: i64, model: String, include_usage: bool) -> Self {
+        let id = format!("chatcmpl-{id}");
+        Self { head: Head { id, created, model, include_usage }, began: false, n_calls: 0 }
     }
 
     /// One event with a piece of the answer; the first one says the role.
@@ -139,7 +165,7 @@ impl Encoder {
             said.content = said.content.or(Some(""));
         }
         let choice = ChunkChoice { index: 0, delta: said, finish_reason };
-        event(&self.envelope(CHUNK, vec![choice]))
+        event(&self.head.envelope(CHUNK, vec![choice], None))
     }
 }
 
@@ -162,6 +188,13 @@ pub fn event(value: &impl Serialize) -> Vec<u8> {
     out.extend(bytes(value));
     out.extend(b"\n\n");
     out
+}
+
+/// The end of an answer where nothing was asked. These surfaces always ask for text; an empty
+/// answer is what is left to say.
+pub fn nothing() -> End {
+    let done = v4_proto::Done { finish: Finish::Stop, usage: Usage::default() };
+    End { done, load_ns: 0, total_ns: 0 }
 }
 
 /// Why it ended; a call of tools replaces only an ordinary stop.
@@ -204,12 +237,7 @@ impl Encode for Encoder {
         }
         let reason = reason(end.done.finish, self.n_calls);
         out.extend(self.chunk(Said::default(), Some(reason)));
-        if self.include_usage {
-            let mut last = self.envelope::<ChunkChoice<'_>>(CHUNK, Vec::new());
-            last.usage = Some(end.done.usage.into());
-            out.extend(event(&last));
-        }
-        out.extend(b"data: [DONE]\n\n");
+        out.extend(self.head.last(CHUNK, end.done.usage));
         out
     }
 
@@ -226,18 +254,10 @@ impl Encode for Encoder {
         };
         let finish_reason = reason(end.done.finish, all.tool_calls.len());
         let choice = Choice { index: 0, message, finish_reason };
-        let mut answer = self.envelope("chat.completion", vec![choice]);
-        answer.usage = Some(end.done.usage.into());
-        bytes(&answer)
+        bytes(&self.head.envelope("chat.completion", vec![choice], Some(end.done.usage)))
     }
 
     fn settled(&mut self, _settled: Settled, now: Timestamp) -> Vec<u8> {
-        // This surface always asks for text; an empty answer is what is left to say.
-        let end = End {
-            done: v4_proto::Done { finish: Finish::Stop, usage: Usage::default() },
-            load_ns: 0,
-            total_ns: 0,
-        };
-        self.whole(Delta::default(), &end, now)
+        self.whole(Delta::default(), &nothing(), now)
     }
 }
